@@ -1,0 +1,331 @@
+"""Pivot factors of a low-rank matrix: r of its own rows and the coefficients that give all the others.
+
+Source: Pivoting Factorization, arXiv 2501.19090, section 3. A matrix W [m, n] of rank r is stored as
+W_p = W[pivot_rows] [r, n] and C [m - r, r] with W[other rows] = C @ W_p: r (m + n) - r^2 numbers
+(the paper's count, without the r integers of the pivot rows) where U [m, r], V [r, n] need r (m + n).
+
+The pivot rows come from a QR factorisation with column pivoting of W^T. Pivoting sees only inner
+products of rows, so W may be replaced by any W @ Q whose columns of Q span the row space orthonormally:
+this is how (U, V) is pivoted in O(m r^2) without forming U @ V.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pifa_deploy.errors import FactorizationError
+
+WARN_COEFFICIENT = 4.0
+MAX_COEFFICIENT = 1e3
+_OVERSAMPLING = 16
+
+
+class ConditioningWarning(UserWarning):
+    """Some coefficient is large: rounding errors of the pivot outputs are amplified by about that much."""
+
+
+class LossyFactorizationWarning(UserWarning):
+    """The matrix has a higher numerical rank than the factors, so they only approximate it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """How well a factorisation keeps its matrix.
+
+    Attributes:
+        max_coefficient: largest |C| entry; 0 when C is empty.
+        max_row_norm: largest Euclidean norm of a row of C.
+        rms_row_norm: root mean square of those norms; the factor by which rounding noise of y_p grows.
+        relative_error: ||W - W'||_F / ||W||_F with W' rebuilt in float64 from the factors as stored.
+    """
+
+    max_coefficient: float
+    max_row_norm: float
+    rms_row_norm: float
+    relative_error: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class PivotFactors:
+    """The stored form of one matrix W [m, n].
+
+    Attributes:
+        pivot_weight: W_p [r, n], any float dtype.
+        coefficients: C [m - r, r], dtype of `pivot_weight`; its rows belong to the non-pivot rows in
+            ascending order.
+        pivot_rows: int32 [r], strictly ascending; row i of W_p is row pivot_rows[i] of W.
+        conditioning: figures about the factors as stored.
+    """
+
+    pivot_weight: torch.Tensor
+    coefficients: torch.Tensor
+    pivot_rows: torch.Tensor
+    conditioning: Conditioning
+
+    @property
+    def rank(self) -> int:
+        """Number of pivot rows r."""
+        return self.pivot_weight.shape[0]
+
+    def dense(self, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """Returns W [m, n] rebuilt from the stored factors, computed in `dtype`."""
+        pivot_weight = self.pivot_weight.to(dtype)
+        rest = self.coefficients.to(dtype) @ pivot_weight
+        return torch.cat([pivot_weight, rest])[output_index(self.pivot_rows, len(pivot_weight) + len(rest)).long()]
+
+
+def output_index(pivot_rows: torch.Tensor, out_features: int) -> torch.Tensor:
+    """Returns the int32 index [m] with y[..., j] = concat(y_p, y_np)[..., index[j]].
+
+    Args:
+        pivot_rows: int [r], strictly ascending, within 0 .. out_features - 1.
+        out_features: m.
+    """
+    rank = len(pivot_rows)
+    rows = pivot_rows.to("cpu", torch.int64)
+    is_other = torch.ones(out_features, dtype=torch.bool)
+    is_other[rows] = False
+    index = torch.empty(out_features, dtype=torch.int32)
+    index[rows] = torch.arange(rank, dtype=torch.int32)
+    index[is_other] = torch.arange(rank, out_features, dtype=torch.int32)
+    return index
+
+
+def parameter_count(out_features: int, in_features: int, rank: int) -> int:
+    """Returns r (m + n) - r^2, the numbers that PIFA stores."""
+    return rank * (out_features + in_features) - rank * rank
+
+
+def density_for_rank(out_features: int, in_features: int, rank: int) -> float:
+    """Returns the size of PIFA factors of this rank relative to the dense matrix."""
+    return parameter_count(out_features, in_features, rank) / (out_features * in_features)
+
+
+def rank_for_density(out_features: int, in_features: int, density: float, *, multiple: int = 1) -> int:
+    """Returns the largest rank whose PIFA factors take at most `density` of the dense size.
+
+    Args:
+        out_features: m.
+        in_features: n.
+        density: 0 < density <= 1.
+        multiple: round the rank down to a multiple of this, within the budget (1: no rounding).
+
+    Raises:
+        ValueError: `density` or `multiple` out of range, or not even the smallest rank fits.
+    """
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density is {density}, expected 0 < density <= 1")
+    total = out_features + in_features + 1
+    budget = math.floor(density * out_features * in_features)
+    # The paper counts the r pivot indices too (Eq. 6), hence the + 1 in `total`.
+    rank = int((total - math.sqrt(max(total * total - 4 * budget, 0))) / 2)
+    return _whole_multiple(min(rank, out_features, in_features), multiple, out_features, in_features, density)
+
+
+def low_rank_rank_for_density(out_features: int, in_features: int, density: float, *, multiple: int = 1) -> int:
+    """Returns the largest rank whose U [m, r], V [r, n] take at most `density` of the dense size."""
+    if not 0.0 < density <= 1.0:
+        raise ValueError(f"density is {density}, expected 0 < density <= 1")
+    rank = math.floor(density * out_features * in_features) // (out_features + in_features)
+    return _whole_multiple(min(rank, out_features, in_features), multiple, out_features, in_features, density)
+
+
+def _whole_multiple(rank: int, multiple: int, out_features: int, in_features: int, density: float) -> int:
+    if multiple < 1:
+        raise ValueError(f"rank multiple is {multiple}, expected at least 1")
+    rounded = rank // multiple * multiple
+    if rounded < 1:
+        raise ValueError(
+            f"density {density} of a {out_features} x {in_features} matrix allows rank {rank}, which holds no "
+            f"positive multiple of {multiple}; raise the density or lower the rank multiple"
+        )
+    return rounded
+
+
+def factors_from_weight(
+    weight: torch.Tensor, rank: int, *, dtype: torch.dtype | None = None, rank_multiple: int = 1
+) -> PivotFactors:
+    """Factorises a matrix of numerical rank at most `rank`.
+
+    Args:
+        weight: W [m, n], float, any device; not changed.
+        rank: 1 <= rank <= min(m, n).
+        dtype: dtype of the stored factors; that of `weight` when None.
+        rank_multiple: raise `rank` to a multiple of this, never above min(m, n).
+
+    Returns:
+        Factors on the CPU. Computation is in float64.
+
+    Raises:
+        ValueError: not a matrix, not floating point, NaN or Inf, or `rank` out of range.
+        FactorizationError: some |C| exceeds `MAX_COEFFICIENT`.
+
+    Warns:
+        LossyFactorizationWarning: `weight` is not of that rank; `conditioning.relative_error` says by how much.
+        ConditioningWarning: some |C| exceeds `WARN_COEFFICIENT`.
+    """
+    stored = dtype or weight.dtype
+    matrix = _checked_matrix(weight, "weight")
+    rank = rounded_rank(rank, rank_multiple, matrix.shape)
+    sketch = _row_space(matrix, rank)
+    factors = _pivot(matrix if sketch is None else matrix @ sketch, matrix, rank, stored)
+    # A matrix that was itself rounded to its dtype is only that close to low rank.
+    if _is_lossy(factors.conditioning, max(torch.finfo(weight.dtype).eps, torch.finfo(stored).eps)):
+        warnings.warn(
+            f"a {matrix.shape[0]} x {matrix.shape[1]} weight is not of rank {rank}: its factors are off by "
+            f"{factors.conditioning.relative_error:.2e} (relative Frobenius); truncate it with an SVD first",
+            LossyFactorizationWarning,
+            stacklevel=2,
+        )
+    return factors
+
+
+def factors_from_low_rank(
+    u: torch.Tensor,
+    v: torch.Tensor,
+    rank: int | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    rank_multiple: int = 1,
+) -> PivotFactors:
+    """Factorises U @ V at cost O(m r^2 + n r^2 + r m n), the last term for the pivot rows and the error only.
+
+    Args:
+        u: U [m, k], float.
+        v: V [k, n], float.
+        rank: rank of the factors; min(k, m, n) when None. A smaller rank approximates and warns.
+        dtype: dtype of the stored factors; that of `u` when None.
+        rank_multiple: raise `rank` to a multiple of this, never above min(m, n).
+
+    Raises:
+        ValueError: shapes that do not fit, not floating point, NaN or Inf, or `rank` out of range.
+        FactorizationError: some |C| exceeds `MAX_COEFFICIENT`.
+    """
+    stored = dtype or u.dtype
+    left, right = _checked_matrix(u, "u"), _checked_matrix(v, "v")
+    if left.shape[1] != right.shape[0]:
+        raise ValueError(f"u is {tuple(u.shape)} and v is {tuple(v.shape)}; expected [m, k] and [k, n]")
+    shape = torch.Size((left.shape[0], right.shape[1]))
+    inner = min(left.shape[1], *shape)
+    rank = rounded_rank(inner if rank is None else rank, rank_multiple, shape)
+    # V^T = Q T with orthonormal Q, so U V = (U T^T) Q^T and pivoting U T^T chooses as pivoting U V does.
+    triangle = torch.linalg.qr(right.T, mode="r").R
+    factors = _pivot(left @ triangle.T, left @ right, rank, stored)
+    if rank < inner and _is_lossy(factors.conditioning, torch.finfo(stored).eps):
+        warnings.warn(
+            f"rank {rank} is below the rank {inner} of (u, v): the factors are off by "
+            f"{factors.conditioning.relative_error:.2e} (relative Frobenius); truncate with an SVD first",
+            LossyFactorizationWarning,
+            stacklevel=2,
+        )
+    return factors
+
+
+def rounded_rank(rank: int, multiple: int, shape: torch.Size) -> int:
+    """Returns `rank` raised to a multiple of `multiple`, at most min(shape).
+
+    Raises:
+        ValueError: `rank` is not within 1 .. min(shape) or `multiple` is below 1.
+    """
+    limit = min(shape)
+    if not 1 <= rank <= limit:
+        raise ValueError(f"rank is {rank}, expected 1 <= rank <= {limit} for a {shape[0]} x {shape[1]} matrix")
+    if multiple < 1:
+        raise ValueError(f"rank multiple is {multiple}, expected at least 1")
+    return min(-(-rank // multiple) * multiple, limit)
+
+
+def _is_lossy(conditioning: Conditioning, eps: float) -> bool:
+    """Tells truncation from rounding, whose size is eps times the row norms of C."""
+    return conditioning.relative_error > 4 * eps * (1 + conditioning.rms_row_norm)
+
+
+def _checked_matrix(matrix: torch.Tensor, name: str) -> torch.Tensor:
+    if matrix.ndim != 2 or 0 in matrix.shape or not matrix.is_floating_point():
+        raise ValueError(f"{name} is {matrix.dtype} {tuple(matrix.shape)}, expected a non-empty floating-point matrix")
+    if not bool(torch.isfinite(matrix).all()):
+        raise ValueError(f"{name} has NaN or Inf entries; expected finite values")
+    return matrix.detach().to("cpu", torch.float64)
+
+
+def _row_space(matrix: torch.Tensor, rank: int) -> torch.Tensor | None:
+    """Returns orthonormal columns [n, k] that span the leading row space, or None where it would save nothing.
+
+    A randomised range finder with one power iteration (Halko, Martinsson, Tropp, arXiv 0909.4061): exact
+    for a matrix of rank <= k, and it spares LAPACK's pivoted QR, half of it level-2 BLAS, n - k columns.
+    """
+    columns = rank + _OVERSAMPLING
+    if columns >= min(matrix.shape):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(matrix.shape[0], columns, dtype=torch.float64, generator=generator)
+    basis = torch.linalg.qr(matrix.T @ probe).Q
+    return torch.linalg.qr(matrix.T @ (matrix @ basis)).Q
+
+
+def _pivot(reduced: torch.Tensor, matrix: torch.Tensor, rank: int, dtype: torch.dtype) -> PivotFactors:
+    """Pivots the rows of `reduced` [m, k], which has the row inner products of `matrix` [m, n]."""
+    from scipy.linalg import qr, solve_triangular  # type: ignore[import-untyped]
+
+    triangle, order = qr(reduced.numpy().T, mode="r", pivoting=True, check_finite=False)
+    diagonal = np.abs(np.diagonal(triangle))
+    tiny = np.finfo(np.float64).eps * max(matrix.shape)
+    # Pivots beyond the numerical rank add nothing: their coefficients are zero, not noise over noise.
+    solid = int(np.count_nonzero(diagonal[:rank] > tiny * diagonal[0]))
+    solved = np.zeros((rank, len(order) - rank))
+    if solid:
+        solved[:solid] = solve_triangular(triangle[:solid, :solid], triangle[:solid, rank:], check_finite=False)
+    coefficients = torch.from_numpy(solved.T.copy())
+    pivots, others = torch.from_numpy(order[:rank].copy()).long(), torch.from_numpy(order[rank:].copy()).long()
+    by_pivot, by_other = torch.argsort(pivots), torch.argsort(others)
+    pivots = pivots[by_pivot]
+    coefficients = coefficients[by_other][:, by_pivot]
+    return assembled_factors(matrix[pivots].to(dtype), coefficients.to(dtype), pivots.to(torch.int32), matrix)
+
+
+def assembled_factors(
+    pivot_weight: torch.Tensor, coefficients: torch.Tensor, pivot_rows: torch.Tensor, truth: torch.Tensor
+) -> PivotFactors:
+    """Judges stored factors against `truth` [m, n] and returns them with their conditioning.
+
+    Raises:
+        FactorizationError: some |C| exceeds `MAX_COEFFICIENT`, or a factor overflowed its dtype.
+    """
+    largest = float(coefficients.abs().max()) if coefficients.numel() else 0.0
+    # `not <=` also catches NaN.
+    if not largest <= MAX_COEFFICIENT or not bool(torch.isfinite(pivot_weight).all()):
+        raise FactorizationError(
+            f"a {truth.shape[0]} x {truth.shape[1]} matrix has no usable pivot factors in {pivot_weight.dtype}: "
+            f"max |C| is {largest:.3g}, expected at most {MAX_COEFFICIENT:g}; use another rank or a wider dtype"
+        )
+    if largest > WARN_COEFFICIENT:
+        warnings.warn(
+            f"max |C| of a {truth.shape[0]} x {truth.shape[1]} matrix is {largest:.3g}, above {WARN_COEFFICIENT:g}: "
+            "expect larger rounding errors",
+            ConditioningWarning,
+            stacklevel=4,
+        )
+    exact_w, exact_c, exact_truth = pivot_weight.double(), coefficients.double(), truth.double()
+    is_other = torch.ones(len(truth), dtype=torch.bool)
+    is_other[pivot_rows.long()] = False
+    miss = (exact_truth[~is_other] - exact_w).square().sum() + (
+        exact_truth[is_other] - exact_c @ exact_w
+    ).square().sum()
+    scale = float(exact_truth.square().sum())
+    norms = exact_c.norm(dim=1) if exact_c.numel() else torch.zeros(1, dtype=torch.float64)
+    return PivotFactors(
+        pivot_weight=pivot_weight,
+        coefficients=coefficients,
+        pivot_rows=pivot_rows,
+        conditioning=Conditioning(
+            max_coefficient=largest,
+            max_row_norm=float(norms.max()),
+            rms_row_norm=float(norms.square().mean().sqrt()),
+            relative_error=math.sqrt(float(miss) / scale) if scale else float(miss) ** 0.5,
+        ),
+    )
