@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from pifa_deploy import op_spec
 from pifa_deploy.errors import InputMissingError, InputRefusedError
 
-QUANT_METHOD = "pifa"
+QUANT_METHOD = op_spec.QUANT_METHOD
 VERSION = 1
 FORMATS = ("pifa", "lowrank")
 _FLOATS = {"F64", "F32", "F16", "BF16"}
@@ -124,12 +125,12 @@ class FactorizationRecord:
                 raise InputRefusedError(
                     f"{where}: quantization_config.modules[{name!r}]: {error}; compress again"
                 ) from None
-        return cls(
-            modules=modules,
-            source=str(value.get("source", "unknown")),
-            density=value.get("density"),
-            details=value.get("details") or {},
-        )
+        density, details = value.get("density"), value.get("details") or {}
+        if isinstance(density, bool) or not isinstance(density, (int, float, type(None))):
+            raise InputRefusedError(f"{where}: quantization_config.density is {density!r}, expected a number or null")
+        if not isinstance(details, Mapping):
+            raise InputRefusedError(f"{where}: quantization_config.details is {details!r}, expected an object")
+        return cls(modules=modules, source=str(value.get("source", "unknown")), density=density, details=details)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Returns a JSON file's object; raises InputRefusedError when it holds anything else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputRefusedError(f"{path}: not JSON ({error}); expected a JSON object") from None
     if not isinstance(value, dict):
         raise InputRefusedError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
@@ -174,14 +175,15 @@ def tensor_files(folder: Path) -> dict[str, Path]:
             that is not where the index says.
     """
     index = folder / _INDEX
-    if not index.is_file():
-        if not (folder / _SINGLE).is_file():
-            raise InputRefusedError(f"{folder}: has neither {_SINGLE} nor {_INDEX}; the checkpoint is incomplete")
+    # Where both stand, transformers loads the single file: what is checked must be what is loaded.
+    if (folder / _SINGLE).is_file():
         return dict.fromkeys(_header(folder / _SINGLE), folder / _SINGLE)
+    if not index.is_file():
+        raise InputRefusedError(f"{folder}: has neither {_SINGLE} nor {_INDEX}; the checkpoint is incomplete")
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise InputRefusedError(f"{index}: weight_map is missing; the checkpoint is incomplete")
-    shards = {str(shard): _inside(folder, str(shard), index) for shard in weight_map.values()}
+    shards = {str(shard): _inside(folder, shard, index) for shard in weight_map.values()}
     headers = {shard: _header(path) for shard, path in shards.items()}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
@@ -193,10 +195,10 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     return {name: shards[shard] for name, shard in weight_map.items()}
 
 
-def _inside(folder: Path, shard: str, index: Path) -> Path:
-    path = folder / shard
-    if os.path.basename(shard) != shard or shard in ("", ".", ".."):
+def _inside(folder: Path, shard: Any, index: Path) -> Path:
+    if not isinstance(shard, str) or os.path.basename(shard) != shard or shard in ("", ".", "..") or "\0" in shard:
         raise InputRefusedError(f"{index}: weight_map names {shard!r}, expected a file name inside the folder")
+    path = folder / shard
     if not path.is_file():
         raise InputRefusedError(f"{index}: weight_map names {shard}, which is missing; the checkpoint is incomplete")
     return path

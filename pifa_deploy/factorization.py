@@ -12,6 +12,7 @@ this is how (U, V) is pivoted in O(m r^2) without forming U @ V.
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from dataclasses import dataclass
 
@@ -23,6 +24,8 @@ from pifa_deploy.errors import FactorizationError
 WARN_COEFFICIENT = 4.0
 MAX_COEFFICIENT = 1e3
 _OVERSAMPLING = 16
+# What sums over thousands of float64 terms leave behind; rounding to a narrower dtype hides it.
+_ARITHMETIC_ERROR = 1e-12
 
 
 class ConditioningWarning(UserWarning):
@@ -120,10 +123,12 @@ def rank_for_density(out_features: int, in_features: int, density: float, *, mul
     """
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density is {density}, expected 0 < density <= 1")
+    # The paper counts the r pivot indices too (Eq. 6), hence the + 1.
     total = out_features + in_features + 1
-    budget = math.floor(density * out_features * in_features)
-    # The paper counts the r pivot indices too (Eq. 6), hence the + 1 in `total`.
-    rank = int((total - math.sqrt(max(total * total - 4 * budget, 0))) / 2)
+    discriminant = total * total - 4 * math.floor(density * out_features * in_features)
+    # floor((total - sqrt(discriminant)) / 2) in integers: a float square root is off by one near squares.
+    root = math.isqrt(discriminant - 1) + 1
+    rank = (total - root) // 2
     return _whole_multiple(min(rank, out_features, in_features), multiple, out_features, in_features, density)
 
 
@@ -231,8 +236,10 @@ def rounded_rank(rank: int, multiple: int, shape: torch.Size) -> int:
 
     Raises:
         ValueError: `rank` is not within 1 .. min(shape) or `multiple` is below 1.
+        TypeError: `rank` is not an integer.
     """
     limit = min(shape)
+    rank = operator.index(rank)
     if not 1 <= rank <= limit:
         raise ValueError(f"rank is {rank}, expected 1 <= rank <= {limit} for a {shape[0]} x {shape[1]} matrix")
     if multiple < 1:
@@ -242,14 +249,18 @@ def rounded_rank(rank: int, multiple: int, shape: torch.Size) -> int:
 
 def _is_lossy(conditioning: Conditioning, eps: float) -> bool:
     """Tells truncation from rounding, whose size is eps times the row norms of C."""
-    return conditioning.relative_error > 4 * eps * (1 + conditioning.rms_row_norm)
+    return conditioning.relative_error > max(4 * eps * (1 + conditioning.rms_row_norm), _ARITHMETIC_ERROR)
 
 
 def _checked_matrix(matrix: torch.Tensor, name: str) -> torch.Tensor:
     if matrix.ndim != 2 or 0 in matrix.shape or not matrix.is_floating_point():
         raise ValueError(f"{name} is {matrix.dtype} {tuple(matrix.shape)}, expected a non-empty floating-point matrix")
-    if not bool(torch.isfinite(matrix).all()):
-        raise ValueError(f"{name} has NaN or Inf entries; expected finite values")
+    finite = torch.isfinite(matrix)
+    if not bool(finite.all()):
+        row, column = (int(at) for at in (~finite).nonzero()[0])
+        raise ValueError(
+            f"{name} has NaN or Inf entries ({float(matrix[row, column])} at [{row}, {column}]); expected finite values"
+        )
     return matrix.detach().to("cpu", torch.float64)
 
 
@@ -265,12 +276,13 @@ def _row_space(matrix: torch.Tensor, rank: int) -> torch.Tensor | None:
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(matrix.shape[0], columns, dtype=torch.float64, generator=generator)
     basis = torch.linalg.qr(matrix.T @ probe).Q
-    return torch.linalg.qr(matrix.T @ (matrix @ basis)).Q
+    space: torch.Tensor = torch.linalg.qr(matrix.T @ (matrix @ basis)).Q
+    return space
 
 
 def _pivot(reduced: torch.Tensor, matrix: torch.Tensor, rank: int, dtype: torch.dtype) -> PivotFactors:
     """Pivots the rows of `reduced` [m, k], which has the row inner products of `matrix` [m, n]."""
-    from scipy.linalg import qr, solve_triangular  # type: ignore[import-untyped]
+    from scipy.linalg import qr, solve_triangular
 
     triangle, order = qr(reduced.numpy().T, mode="r", pivoting=True, check_finite=False)
     diagonal = np.abs(np.diagonal(triangle))

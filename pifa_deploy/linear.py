@@ -56,19 +56,31 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> N
 def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     x, pivot_weight, coefficients, index = ctx.saved_tensors
     rank = pivot_weight.shape[0]
+    vector = x.dim() == 1
+    if vector:
+        x, grad = x[None], grad[None]
     grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
     if index.numel():
         grad = torch.zeros_like(grad).index_add(-1, index, grad)
     grad_p, grad_np = grad[..., :rank], grad[..., rank:]
     grad_p = grad_p + grad_np @ coefficients
     rows_x, rows_p, rows_np = x.flatten(0, -2), grad_p.flatten(0, -2), grad_np.flatten(0, -2)
-    grad_x = grad_p @ pivot_weight if ctx.needs_input_grad[0] else None
+    grad_x = (grad_p[0] if vector else grad_p) @ pivot_weight if ctx.needs_input_grad[0] else None
     grad_w = rows_p.T @ rows_x if ctx.needs_input_grad[1] else None
     grad_c = rows_np.T @ (rows_x @ pivot_weight.T) if ctx.needs_input_grad[2] else None
     return grad_x, grad_w, grad_c, None, grad_bias
 
 
 pifa_linear.register_autograd(_backward, setup_context=_setup_context)
+
+
+_UNSET_ROW = -1
+
+
+def _after_load(layer: PifaLinear, _: Any) -> None:
+    # A state dict may come in parts: only what has been filled can be checked.
+    if not layer.pivot_rows.is_meta and int(layer.pivot_rows[0]) != _UNSET_ROW:
+        layer.derive_output_index()
 
 
 class PifaLinear(nn.Module):
@@ -80,6 +92,7 @@ class PifaLinear(nn.Module):
 
     pivot_rows: torch.Tensor
     output_index: torch.Tensor | None
+    bias: torch.Tensor | None
 
     def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool = False) -> None:
         """Makes an uninitialised layer; `from_factors` or loading a state dict fills it."""
@@ -90,9 +103,9 @@ class PifaLinear(nn.Module):
         self.pivot_weight = nn.Parameter(torch.empty(rank, in_features))
         self.coefficients = nn.Parameter(torch.empty(out_features - rank, rank))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
-        self.register_buffer("pivot_rows", torch.empty(rank, dtype=torch.int32))
+        self.register_buffer("pivot_rows", torch.full((rank,), _UNSET_ROW, dtype=torch.int32))
         self.register_buffer("output_index", None, persistent=False)
-        self.register_load_state_dict_post_hook(lambda module, _: module.derive_output_index())
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     @classmethod
     def from_factors(cls, factors: PivotFactors, bias: torch.Tensor | None = None) -> PifaLinear:
@@ -110,8 +123,16 @@ class PifaLinear(nn.Module):
         return layer
 
     def derive_output_index(self) -> None:
-        """Sets `output_index` from `pivot_rows`: empty when the pivots are the first r rows."""
+        """Sets `output_index` from `pivot_rows`: empty when the pivots are the first r rows.
+
+        Raises:
+            ValueError: `pivot_rows` are not strictly ascending rows of the layer.
+        """
         rows = self.pivot_rows.to("cpu")
+        if int(rows[0]) < 0 or int(rows[-1]) >= self.out_features or bool((rows.diff() <= 0).any()):
+            raise ValueError(
+                f"pivot_rows are {rows.tolist()}, expected strictly ascending rows within 0 .. {self.out_features - 1}"
+            )
         first = torch.equal(rows, torch.arange(self.rank, dtype=rows.dtype))
         index = torch.empty(0, dtype=torch.int32) if first else output_index(rows, self.out_features)
         self.output_index = index.to(self.pivot_rows.device)
@@ -130,6 +151,8 @@ class PifaLinear(nn.Module):
 
 class LowRankLinear(nn.Module):
     """A linear layer stored as U [m, r], V [r, n]: the format PIFA is compared with."""
+
+    bias: torch.Tensor | None
 
     def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool = False) -> None:
         """Makes an uninitialised layer."""

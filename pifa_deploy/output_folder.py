@@ -17,9 +17,23 @@ from pathlib import Path
 from typing import Any
 
 from pifa_deploy.errors import OutputError, OutputExistsError, OutputHeldError
+from pifa_deploy.op_spec import QUANT_METHOD
 
-# A folder that holds none of these was not made by this program: --force does not replace it.
-ARTEFACT_FILES = ("config.json", "pifa.json", "engine.json", "report.json")
+# A folder that holds none of these, nor a config.json of a PIFA checkpoint, was not made by this program:
+# --force does not replace it. (Any config.json would not do: it also marks the dense model of the user.)
+ARTEFACT_FILES = ("pifa.json", "engine.json", "report.json")
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_NO_PLACE = (
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.EIO,
+)
 
 
 @contextmanager
@@ -27,7 +41,7 @@ def new_folder(target: Path | str, *, force: bool = False) -> Iterator[Path]:
     """Yields an empty folder that becomes `target` when the block ends without an exception.
 
     Args:
-        target: where the folder shall stand; its parents are made.
+        target: where the folder shall stand; its parents are made, links are followed.
         force: replace an existing artefact folder; it is removed only after the new one is in place.
 
     Raises:
@@ -35,15 +49,16 @@ def new_folder(target: Path | str, *, force: bool = False) -> Iterator[Path]:
         OutputHeldError: another process is writing `target`.
         OutputError: no space left, or no permission.
     """
-    target = Path(os.path.abspath(target))
-    _refuse_existing(target, force)
+    target = Path(os.path.realpath(target))
     with _writing_errors(target):
+        _refuse_existing(target, force)
         target.parent.mkdir(parents=True, exist_ok=True)
     with _lock(target):
-        _clear_leftovers(target)
         partial = target.with_name(f".{target.name}.partial")
         try:
             with _writing_errors(target):
+                _clear_leftovers(target)
+                _refuse_existing(target, force)  # again: another process may have finished since
                 partial.mkdir()
                 yield partial
                 _swap_in(partial, target)
@@ -58,7 +73,7 @@ def write_text(path: Path | str, text: str) -> None:
         OutputError: no space left, or no permission.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with _writing_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -80,10 +95,22 @@ def _refuse_existing(target: Path, force: bool) -> None:
         return
     if not force:
         raise OutputExistsError(f"{target} exists; name another output or pass --force to replace it")
-    if not target.is_dir() or not any((target / name).is_file() for name in ARTEFACT_FILES):
+    if not _is_artefact(target):
         raise OutputExistsError(
             f"{target} was not written by pifa-deploy; --force does not replace it, remove it first"
         )
+
+
+def _is_artefact(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    if any((folder / name).is_file() for name in ARTEFACT_FILES):
+        return True
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+    return bool(found == QUANT_METHOD)
 
 
 def _swap_in(partial: Path, target: Path) -> None:
@@ -94,8 +121,9 @@ def _swap_in(partial: Path, target: Path) -> None:
     target.rename(old)
     try:
         partial.rename(target)
-    except OSError:
-        old.rename(target)
+    except BaseException:
+        if not target.exists():
+            old.rename(target)
         raise
     shutil.rmtree(old)
 
@@ -113,28 +141,56 @@ def _clear_leftovers(target: Path) -> None:
 def _lock(target: Path) -> Iterator[None]:
     path = target.with_name(f".{target.name}.lock")
     with _writing_errors(target):
-        descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o644)
+        descriptor = _locked_file(path, target)
     try:
+        yield
+    finally:
+        # Removed while still held: who opened it meanwhile finds in `_locked_file` that it is gone.
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _locked_file(path: Path, target: Path) -> int:
+    """Returns a descriptor that holds the lock of the file that stands at `path` now."""
+    while True:
+        descriptor = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _stands_at(descriptor, path):
+                return descriptor
         except BlockingIOError:
+            os.close(descriptor)
             raise OutputHeldError(
                 f"{target} is being written by another process; wait for it or name another output"
             ) from None
-        yield
-        path.unlink(missing_ok=True)
-    finally:
         os.close(descriptor)
+
+
+def _stands_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 @contextmanager
 def _writing_errors(target: Path) -> Iterator[None]:
+    """Turns a failed write into OutputError; an error about a file elsewhere (an input) stays what it is."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        # safetensors and torch raise their own exceptions, with the system's words in them.
+        no_space = number in _NO_SPACE or os.strerror(errno.ENOSPC) in str(error)
+        if not no_space and (number not in _NO_PLACE or not _is_beside(error, target)):
             raise
-        advice = "free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "choose another place"
-        raise OutputError(
-            f"{target} could not be written: {error.strerror}; {advice} and run the command again"
-        ) from error
+        advice = "free some space" if no_space else "choose another place"
+        raise OutputError(f"{target} could not be written: {error}; {advice} and run the command again") from error
+
+
+def _is_beside(error: Exception, target: Path) -> bool:
+    name = getattr(error, "filename", None)
+    if not isinstance(name, (str, Path)):
+        return True
+    path = Path(os.path.abspath(name))
+    return path in target.parents or target.parent in path.parents

@@ -53,7 +53,11 @@ class PifaQuantizer(HfQuantizer):  # type: ignore[misc]
         validate(folder)
         state = model.state_dict()
         tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-        check_names(tensor_files(folder), state, tied, str(folder))
+        tensors = tensor_files(folder)
+        check_names(tensors, state, tied, str(folder))
+        other = {file.name for file in files} - {file.name for file in tensors.values()}
+        if other:
+            raise InputRefusedError(f"{folder}: {min(other)} would be loaded, which is not what was checked")
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for module in model.modules():

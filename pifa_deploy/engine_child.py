@@ -1,0 +1,95 @@
+"""The build process: `python -m pifa_deploy.engine_child SPEC.json`, the only code that builds with TensorRT.
+
+It runs alone because a failed assertion in TensorRT aborts the process. Everything that TensorRT says
+goes to standard output at the verbosity that lists the layers of the engine. It writes the engine and a
+JSON result into the working directory; `pifa_deploy.engine` reads them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import os
+import resource
+import signal
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+RTX = "tensorrt-rtx"
+_PR_SET_PDEATHSIG = 1
+
+
+def main(spec_path: str) -> None:
+    """Builds the engine that a specification describes.
+
+    Args:
+        spec_path: JSON object with "backend", "onnx" (path), "profile" (input -> min, opt, max),
+            "compute_capabilities" (RTX only), "tf32", "plugin_library" (path or null), "engine" and
+            "result" (files to write).
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
+    # Polygraphy reads this once, when it is imported.
+    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if spec["backend"] == RTX else "0"
+    result = build(spec)
+    Path(spec["result"]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def build(spec: dict[str, Any]) -> dict[str, Any]:
+    """Writes the engine and returns what happened: "version", "network", "seconds", "peak_rss_bytes"."""
+    from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
+    from polygraphy.logger import G_LOGGER
+
+    G_LOGGER.module_severity = G_LOGGER.EXTRA_VERBOSE
+    trt = importlib.import_module("tensorrt_rtx" if spec["backend"] == RTX else "tensorrt")
+    start = time.perf_counter()
+    if spec["plugin_library"]:
+        trt.get_plugin_registry().load_library(spec["plugin_library"])
+    builder, network, parser = NetworkFromOnnxPath(spec["onnx"], strongly_typed=True)()
+    described = describe(network)
+    # Parser and builder have to outlive the build: the network refers to their memory.
+    with builder, network, parser:
+        engine = EngineBytesFromNetwork((builder, network), _config(spec, trt))()
+        with open(spec["engine"], "wb") as file:
+            file.write(engine)
+    return {
+        "version": trt.__version__,
+        "network": described,
+        "seconds": time.perf_counter() - start,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }
+
+
+def describe(network: Any) -> dict[str, Any]:
+    """Returns the layer count of a parsed network and output data type -> number of its layers."""
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    types = Counter(layer.get_output(0).dtype.name for layer in layers if layer.num_outputs)
+    return {"layers": len(layers), "precision_histogram": dict(sorted(types.items()))}
+
+
+def _config(spec: dict[str, Any], trt: Any) -> Any:
+    from polygraphy.backend.trt import CreateConfig, PostprocessConfig, Profile
+
+    profile = Profile()
+    for name, points in spec["profile"].items():
+        profile.add(name, min=tuple(points["min"]), opt=tuple(points["opt"]), max=tuple(points["max"]))
+    if spec["backend"] != RTX:
+        return CreateConfig(profiles=[profile], tf32=spec["tf32"])
+    from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+    pairs = [tuple(map(int, capability.split("."))) for capability in spec["compute_capabilities"]]
+    create = CreateConfigRTX(profiles=[profile], compute_capabilities=pairs)
+
+    def set_tf32(builder: Any, network: Any, config: Any) -> None:
+        # On by default, and CreateConfigRTX has no option for it.
+        (config.set_flag if spec["tf32"] else config.clear_flag)(trt.BuilderFlag.TF32)
+
+    return PostprocessConfig(create, set_tf32)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

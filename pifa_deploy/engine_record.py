@@ -1,0 +1,253 @@
+"""engine.json: what stands beside an engine and says what it was built from, for what, and how."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pifa_deploy.checkpoint import read_json_object
+from pifa_deploy.errors import InputMissingError, InputRefusedError, MisfitError
+from pifa_deploy.targets import BACKENDS
+
+ENGINE_JSON = "engine.json"
+SCHEMA = 1
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CAPABILITY = re.compile(r"\d{1,2}\.\d")
+_LAYER = re.compile(r"^\s+Name: (?P<name>.+?), LayerType: (?P<type>[^,]+), Inputs: (?P<rest>.*)$")
+_DATATYPE = re.compile(r"Datatype: (\w+)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineFile:
+    """One engine: its file name in the folder, size, hash and the compute capabilities it runs on."""
+
+    file: str
+    bytes: int
+    sha256: str
+    compute_capabilities: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineLayer:
+    """One layer of a built engine; `precision` is the data type of what it writes, "none" if nothing."""
+
+    name: str
+    type: str
+    precision: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecord:
+    """The content of engine.json.
+
+    Attributes:
+        backend: "tensorrt-rtx" or "tensorrt".
+        version: of the builder.
+        onnx_sha256: file name -> SHA-256 of model.onnx and each of its data files.
+        compute_capabilities: what the engines were built for.
+        targets: names of the GPUs that were asked for, () when only capabilities were.
+        profiles: per profile, input name -> {"min", "opt", "max"} -> dimensions.
+        layers: the engine's layers in order of execution, as the build log lists them.
+        precision_histogram: output data type -> number of engine layers.
+        network: the parsed network before optimisation: "layers" and "precision_histogram".
+        memory: bytes that the build log states: "activations", "weights", "scratch".
+        engines: the engine files.
+        options: the build options, without paths.
+        seconds: wall time of the build, parsing included.
+        peak_rss_bytes: peak resident memory of the build process.
+    """
+
+    backend: str
+    version: str
+    onnx_sha256: Mapping[str, str]
+    compute_capabilities: tuple[str, ...]
+    targets: tuple[str, ...] = ()
+    profiles: tuple[Mapping[str, Mapping[str, tuple[int, ...]]], ...]
+    layers: tuple[EngineLayer, ...] = ()
+    precision_histogram: Mapping[str, int] = field(default_factory=dict)
+    network: Mapping[str, Any] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict)
+    engines: tuple[EngineFile, ...]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float
+    peak_rss_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the JSON object of engine.json."""
+        value = asdict(self)
+        value["onnx"] = {"sha256": value.pop("onnx_sha256")}
+        return {"schema": SCHEMA, **value}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any], where: str) -> EngineRecord:
+        """Parses and checks an engine.json object; `where` names the file in errors.
+
+        Raises:
+            InputRefusedError: a field is missing or has a value outside the contract.
+        """
+        _expect(value.get("schema") == SCHEMA, where, "schema", value.get("schema"), str(SCHEMA))
+        _expect(value.get("backend") in BACKENDS, where, "backend", value.get("backend"), f"one of {BACKENDS}")
+        for name in ("version", "onnx", "engines", "profiles", "compute_capabilities", "seconds", "peak_rss_bytes"):
+            _expect(name in value, where, name, None, "a value")
+        for name, kind in (("seconds", (int, float)), ("peak_rss_bytes", int), ("layers", list), ("profiles", list)):
+            _expect(isinstance(value.get(name, []), kind), where, name, value.get(name), "another type")
+        onnx = value["onnx"]
+        sha256 = onnx.get("sha256") if isinstance(onnx, Mapping) else None
+        _expect(_is_hashes(sha256), where, "onnx.sha256", sha256, "file name -> 64 hexadecimal digits")
+        return cls(
+            backend=value["backend"],
+            version=str(value["version"]),
+            onnx_sha256=dict(sha256 or {}),
+            compute_capabilities=_capabilities(value["compute_capabilities"], where, "compute_capabilities"),
+            targets=tuple(map(str, value.get("targets", ()))),
+            profiles=tuple(_profile(profile, f"{where}: profiles[{i}]") for i, profile in enumerate(value["profiles"])),
+            layers=tuple(_layer(layer, f"{where}: layers[{i}]") for i, layer in enumerate(value.get("layers", ()))),
+            precision_histogram=_object(value, "precision_histogram", where),
+            network=_object(value, "network", where),
+            memory=_object(value, "memory", where),
+            engines=_engines(value["engines"], where),
+            options=_object(value, "options", where),
+            seconds=float(value["seconds"]),
+            peak_rss_bytes=int(value["peak_rss_bytes"]),
+        )
+
+    def engine_for(self, compute_capability: str) -> EngineFile:
+        """Returns the engine that runs on a GPU of this compute capability.
+
+        Raises:
+            MisfitError: none does; the message says what the engines were built for.
+        """
+        for engine in self.engines:
+            if compute_capability in engine.compute_capabilities:
+                return engine
+        raise MisfitError(
+            f"the engine was built by {self.backend} {self.version} for compute capability "
+            f"{', '.join(self.compute_capabilities)}, this GPU has {compute_capability}; build it again with "
+            f"--compute-capabilities {compute_capability}"
+        )
+
+
+def read_engine_json(path: Path | str) -> EngineRecord:
+    """Returns the checked content of an engine folder's engine.json.
+
+    Args:
+        path: the folder or the file; engine files are checked for presence and size, not hashed.
+
+    Raises:
+        InputMissingError: no such file.
+        InputRefusedError: it is malformed, or an engine file is missing or of another size.
+    """
+    file = Path(path) / ENGINE_JSON if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise InputMissingError(f"{file}: no such file; give a folder written by `pifa-deploy build`")
+    record = EngineRecord.from_json(read_json_object(file), str(file))
+    for engine in record.engines:
+        found = file.parent / engine.file
+        size = found.stat().st_size if found.is_file() else None
+        _expect(size == engine.bytes, str(found), "its size", size, f"{engine.bytes} bytes as {file.name} says")
+    return record
+
+
+def layers_in_log(log: str) -> tuple[EngineLayer, ...]:
+    """Returns the engine layers that a verbose build log lists, () where it lists none."""
+    layers = []
+    for found in filter(None, map(_LAYER.match, log.splitlines())):
+        written = found["rest"].partition("Outputs: [")[2]
+        types = _DATATYPE.findall(written)
+        layers.append(EngineLayer(name=found["name"], type=found["type"], precision=types[0] if types else "none"))
+    return tuple(layers)
+
+
+def memory_in_log(log: str) -> dict[str, int]:
+    """Returns the byte counts that a verbose build log states; what it does not state is left out."""
+    labels = {
+        "activations": "Total Activation Memory",
+        "weights": "Total Weights Memory",
+        "scratch": "Max Scratch Memory",
+    }
+    found = {name: re.search(rf"{label}: (\d+) bytes", log) for name, label in labels.items()}
+    return {name: int(match[1]) for name, match in found.items() if match}
+
+
+def histogram(layers: Iterable[EngineLayer]) -> dict[str, int]:
+    """Returns precision -> number of layers."""
+    return dict(sorted(Counter(layer.precision for layer in layers).items()))
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _expect(holds: bool, where: str, name: str, found: object, expected: str) -> None:
+    if not holds:
+        raise InputRefusedError(f"{where}: {name} is {found!r}, expected {expected}; build the engine again")
+
+
+def _is_hashes(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(digest, str) and _SHA256.fullmatch(digest) for digest in value.values())
+    )
+
+
+def _object(value: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
+    found = value.get(name, {})
+    _expect(isinstance(found, Mapping), where, name, found, "an object")
+    return dict(found)
+
+
+def _capabilities(value: object, where: str, name: str) -> tuple[str, ...]:
+    found = value if isinstance(value, list | tuple) else []
+    sound = bool(found) and all(isinstance(each, str) and _CAPABILITY.fullmatch(each) for each in found)
+    _expect(sound, where, name, value, 'a list such as ["8.6"]')
+    return tuple(found)
+
+
+def _engines(value: object, where: str) -> tuple[EngineFile, ...]:
+    _expect(isinstance(value, list) and bool(value), where, "engines", value, "a list of engine files")
+    engines = []
+    for i, entry in enumerate(value if isinstance(value, list) else []):
+        place = f"{where}: engines[{i}]"
+        _expect(isinstance(entry, Mapping), place, "entry", entry, "an object")
+        name, size, digest = entry.get("file"), entry.get("bytes"), entry.get("sha256")
+        plain = isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
+        _expect(plain, place, "file", name, "a file name inside the folder")
+        _expect(isinstance(size, int) and size > 0, place, "bytes", size, "a positive integer")
+        _expect(_is_hashes({"sha256": digest}), place, "sha256", digest, "64 hexadecimal digits")
+        capabilities = _capabilities(entry.get("compute_capabilities"), place, "compute_capabilities")
+        engines.append(EngineFile(file=name, bytes=size, sha256=digest, compute_capabilities=capabilities))
+    return tuple(engines)
+
+
+def _profile(value: object, where: str) -> dict[str, dict[str, tuple[int, ...]]]:
+    _expect(isinstance(value, Mapping), where, "profile", value, "input name -> min, opt, max")
+    profile: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, points in (value if isinstance(value, Mapping) else {}).items():
+        sound = isinstance(points, Mapping) and all(_is_shape(points.get(point)) for point in ("min", "opt", "max"))
+        _expect(sound, where, name, points, "min, opt and max, each a list of sizes >= 0")
+        profile[str(name)] = {point: tuple(points[point]) for point in ("min", "opt", "max")}
+    return profile
+
+
+def _is_shape(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(
+        isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in value
+    )
+
+
+def _layer(value: object, where: str) -> EngineLayer:
+    sound = isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("name", "type", "precision"))
+    _expect(sound, where, "layer", value, "name, type and precision")
+    entry = value if isinstance(value, Mapping) else {}
+    return EngineLayer(name=entry["name"], type=entry["type"], precision=entry["precision"])

@@ -1,0 +1,175 @@
+"""A causal language model on disk (Hugging Face folder, PIFA checkpoint, GGUF file, hub name) and in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from pifa_deploy import transformers_quantizer  # noqa: F401 - registers the "pifa" method
+from pifa_deploy.checkpoint import read_config, tensor_files
+from pifa_deploy.errors import InputMissingError, InputRefusedError, MissingCapabilityError, PifaDeployError
+from pifa_deploy.op_spec import DTYPE_FLAGS
+
+HUB_PREFIX = "hf:"
+_GGUF_MAGIC = b"GGUF"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+
+def torch_dtype(flag: str) -> torch.dtype:
+    """Returns the torch dtype of "fp32", "fp16" or "bf16"; raises ValueError for another word."""
+    if flag not in DTYPE_FLAGS:
+        raise ValueError(f"dtype is {flag!r}, expected one of {', '.join(DTYPE_FLAGS)}")
+    dtype: torch.dtype = getattr(torch, DTYPE_FLAGS[flag])
+    return dtype
+
+
+def load_model(source: Path | str, *, dtype: torch.dtype) -> PreTrainedModel:
+    """Loads a causal LM on the CPU in eval mode, every tensor accounted for.
+
+    Args:
+        source: a model folder (dense or PIFA checkpoint), a .gguf file, or "hf:ORG/NAME" for the hub.
+        dtype: dtype of all weights.
+
+    Raises:
+        InputMissingError: no such file or folder.
+        InputRefusedError: malformed, a tensor missing or left over, or a weight that is not finite in `dtype`.
+        MissingCapabilityError: a GGUF file without the packages that read it.
+    """
+    place, options = _location(source)
+    with _quiet_loading(), _as_refusal(source):
+        model, info = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        names = sorted(str(name) for name in info.get(kind) or ())
+        if names:
+            raise InputRefusedError(
+                f"{source}: {kind.replace('_', ' ')}: {names[0]} ({len(names)} in all); "
+                f"expected exactly the tensors of {type(model).__name__}"
+            )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputRefusedError(f"{source}: {name} has NaN or Inf entries in {dtype}; expected finite weights")
+    if "gguf_file" in options:
+        _forget_quantization(model)
+    return model.eval()
+
+
+def load_tokenizer(source: Path | str) -> Any:
+    """Returns the tokenizer of a model location as `load_model` takes it.
+
+    Raises:
+        InputRefusedError: there is none.
+    """
+    place, options = _location(source)
+    with _quiet_loading(), _as_refusal(f"tokenizer of {source}"):
+        return AutoTokenizer.from_pretrained(place, **options)
+
+
+def save_tokenizer(source: Path | str, target: Path) -> bool:
+    """Puts the tokenizer files and chat template of `source` beside a new artefact; False if it has none."""
+    place, options = _location(source)
+    if isinstance(place, str) or options:
+        load_tokenizer(source).save_pretrained(target)
+        return True
+    found = [place / name for name in _TOKENIZER_FILES if (place / name).is_file()]
+    for file in found:
+        shutil.copyfile(file, target / file.name)
+    return any(file.name != "generation_config.json" for file in found)
+
+
+def content_sha256(folder: Path) -> str:
+    """Returns a hash over config.json and every tensor file of a model folder, independent of its place."""
+    digest = hashlib.sha256()
+    files = {folder / "config.json", *tensor_files(folder).values()}
+    for file in sorted(files, key=lambda path: path.name):
+        digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes."""
+    with path.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _location(source: Path | str) -> tuple[Path | str, dict[str, Any]]:
+    """Returns what `from_pretrained` takes: place and extra options."""
+    if str(source).startswith(HUB_PREFIX):
+        return str(source)[len(HUB_PREFIX) :], {}
+    path = Path(source)
+    if path.is_file():
+        with path.open("rb") as stream:
+            magic = stream.read(4)
+        if magic != _GGUF_MAGIC:
+            raise InputRefusedError(f"{path}: starts with {magic!r}, expected a model folder or a GGUF file")
+        return path.parent, {"gguf_file": path.name}
+    if not path.is_dir():
+        raise InputMissingError(f"{path}: no such file or folder; give a model folder, a .gguf file or hf:ORG/NAME")
+    read_config(path)
+    if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
+        tensor_files(path)
+    return path, {}
+
+
+def _forget_quantization(model: PreTrainedModel) -> None:
+    """Removes the marks of a GGUF load: the weights are plain floats now and can be saved."""
+    if hasattr(model, "hf_quantizer"):
+        model.hf_quantizer.remove_quantization_config(model)
+    for owner, name in ((model.config, "quantization_config"), (model, "quantization_method")):
+        if hasattr(owner, name):
+            delattr(owner, name)
+    model.is_quantized = False
+
+
+@contextlib.contextmanager
+def _as_refusal(source: Path | str) -> Iterator[None]:
+    """Turns what the loaders raise on bad files into one line that names the source."""
+    try:
+        yield
+    except PifaDeployError:
+        raise
+    except ImportError as error:
+        raise MissingCapabilityError(
+            f"{source} needs a package that is not installed ({error}); pip install 'pifa-deploy[demo]' reads GGUF"
+        ) from error
+    except Exception as error:
+        detail = (str(error).strip().splitlines() or [""])[0][:300]
+        raise InputRefusedError(f"{source}: could not be loaded ({type(error).__name__}: {detail})") from error
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Holds back transformers' progress bars and load reports; what matters of them is raised."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

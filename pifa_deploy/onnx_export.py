@@ -1,0 +1,146 @@
+"""From a checkpoint to an ONNX folder that any runtime can run and TensorRT can speed up."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+from transformers import PreTrainedModel
+
+from pifa_deploy import onnx_passes, op_spec
+from pifa_deploy.decoder_graph import cache_shape, graph_from_model, interface
+from pifa_deploy.linear import LowRankLinear, PifaLinear
+from pifa_deploy.model_folder import HUB_PREFIX, content_sha256, file_sha256, load_model, save_tokenizer, torch_dtype
+from pifa_deploy.onnx_folder import DATA_FILE, MANIFEST_FILE, MODEL_FILE, SCHEMA
+from pifa_deploy.output_folder import new_folder, write_json
+from pifa_deploy.transformers_quantizer import spec_of
+
+_INLINE_BYTES = 1024
+_TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """How to export.
+
+    Attributes:
+        dtype: "fp32", "fp16" or "bf16": weights, activations and cache; norms and softmax compute in fp32.
+        plain_ops: expand every PifaLinear node into MatMul, Concat and Gather.
+        force: replace an existing output folder.
+    """
+
+    dtype: str = "fp16"
+    plain_ops: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an unknown dtype."""
+        torch_dtype(self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportSummary:
+    """What an export wrote.
+
+    Attributes:
+        path: the ONNX folder.
+        dtype: as in ExportOptions.
+        nodes: nodes of the graph.
+        pifa_nodes: PifaLinear nodes in it (0 with plain_ops or for a dense model).
+        bytes: size of model.onnx and its data.
+        tokenizer: whether tokenizer files were found and copied.
+    """
+
+    path: str
+    dtype: str
+    nodes: int
+    pifa_nodes: int
+    bytes: int
+    tokenizer: bool
+
+
+def export_checkpoint(checkpoint: Path | str, target: Path | str, options: ExportOptions) -> ExportSummary:
+    """Writes the ONNX folder of a PIFA checkpoint or a dense model.
+
+    The same checkpoint, options and tool versions give the same bytes.
+
+    Args:
+        checkpoint: as `model_folder.load_model` takes it.
+        target: the folder to write.
+        options: see ExportOptions.
+
+    Raises:
+        InputRefusedError: the checkpoint is malformed, or a weight overflows the dtype.
+        ExportError: the architecture cannot be traced.
+        OutputExistsError, OutputHeldError, OutputError: see `output_folder.new_folder`.
+    """
+    with new_folder(target, force=options.force) as folder:
+        model = load_model(checkpoint, dtype=torch_dtype(options.dtype))
+        modules = _modules(model)
+        graph = graph_from_model(model)
+        onnx_passes.attach_function_body(graph)
+        if options.plain_ops:
+            onnx_passes.expand_to_plain_ops(graph)
+        onnx_passes.simplify(graph)
+        onnx_passes.make_portable(graph, interface(model.config)[2])
+        save_graph(graph, folder)
+        tokenizer = save_tokenizer(checkpoint, folder)
+        model.config.save_pretrained(folder)
+        write_json(folder / MANIFEST_FILE, _manifest(model, folder, options, modules, _source_hash(checkpoint)))
+        onnx_passes.check(str(folder / MODEL_FILE))
+        return ExportSummary(
+            path=str(target),
+            dtype=options.dtype,
+            nodes=len(graph.graph),
+            pifa_nodes=len(onnx_passes.pifa_nodes(graph)),
+            bytes=sum((folder / name).stat().st_size for name in (MODEL_FILE, DATA_FILE)),
+            tokenizer=tokenizer,
+        )
+
+
+def save_graph(graph: ir.Model, folder: Path) -> None:
+    """Writes model.onnx and model.onnx.data; tensors are written one at a time."""
+    ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=_INLINE_BYTES, max_workers=1)
+
+
+def _modules(model: PreTrainedModel) -> dict[str, Any]:
+    tensors = {"pifa": (*op_spec.INPUTS[1:],), "lowrank": ("low_rank_u", "low_rank_v")}
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (PifaLinear, LowRankLinear)):
+            spec = spec_of(module)
+            found[name] = {**asdict(spec), "tensors": [f"{name}.{suffix}" for suffix in tensors[spec.format]]}
+    return found
+
+
+def _source_hash(checkpoint: Path | str) -> str | None:
+    if str(checkpoint).startswith(HUB_PREFIX):
+        return None
+    path = Path(checkpoint)
+    return file_sha256(path) if path.is_file() else content_sha256(path)
+
+
+def _manifest(
+    model: PreTrainedModel, folder: Path, options: ExportOptions, modules: dict[str, Any], source: str | None
+) -> dict[str, Any]:
+    layers, kv_heads, head_dim = cache_shape(model.config)
+    files = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
+        for name in (MODEL_FILE, DATA_FILE)
+    }
+    return {
+        "schema": SCHEMA,
+        "artefact": "onnx",
+        "dtype": options.dtype,
+        "plain_ops": options.plain_ops,
+        "op": {"domain": op_spec.DOMAIN, "type": op_spec.OP_TYPE, "version": op_spec.OP_VERSION},
+        "opset": onnx_passes.OPSET,
+        "cache": {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim},
+        "source_sha256": source,
+        "modules": modules,
+        "files": files,
+        "tools": {name: version(name) for name in _TOOLS},
+    }

@@ -1,0 +1,140 @@
+"""The ONNX folder: model.onnx, model.onnx.data, pifa.json and the files a tokenizer needs; its contract.
+
+pifa.json: {"schema": 1, "artefact": "onnx", "dtype": "fp16", "plain_ops": false, "op": {...}, "cache": {...},
+"source_sha256": "...", "modules": {name: {"rank", "in_features", "out_features", "format", "tensors": {...}}},
+"files": {name: {"bytes", "sha256"}}, "tools": {package: version}}
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
+
+from pifa_deploy import op_spec
+from pifa_deploy.checkpoint import read_json_object
+from pifa_deploy.errors import InputMissingError, InputRefusedError
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
+MANIFEST_FILE = "pifa.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxFolder:
+    """A validated ONNX folder.
+
+    Attributes:
+        path: the folder.
+        model: the graph, its tensor data left on disk.
+        manifest: pifa.json, empty for a foreign file.
+    """
+
+    path: Path
+    model: onnx.ModelProto
+    manifest: Mapping[str, Any]
+
+    @property
+    def model_path(self) -> Path:
+        """Path of model.onnx."""
+        return self.path / MODEL_FILE
+
+    @property
+    def dtype(self) -> str:
+        """Weight dtype as the export flag says it: "fp32", "fp16" or "bf16"."""
+        return str(self.manifest.get("dtype", "fp32"))
+
+    @property
+    def cache_layers(self) -> int:
+        """Number of key-value pairs of the graph's cache."""
+        return sum(value.name.startswith("past_key_values.") for value in self.model.graph.input) // 2
+
+    def weight_bytes(self) -> int:
+        """Returns the bytes of all initializers, on disk or inline."""
+        data = sum((self.path / name).stat().st_size for name in external_files(self.model, self.path))
+        return data + sum(len(tensor.raw_data) for tensor in self.model.graph.initializer)
+
+
+def open_folder(path: Path | str) -> OnnxFolder:
+    """Reads and checks an ONNX folder (or the model.onnx in it).
+
+    Raises:
+        InputMissingError: no such folder or file.
+        InputRefusedError: not ONNX, cut short, external data missing, too short or outside the folder, or a
+            PifaLinear node outside the operator's contract.
+    """
+    path = Path(path)
+    folder = path.parent if path.name == MODEL_FILE else path
+    file = folder / MODEL_FILE
+    if not file.is_file():
+        raise InputMissingError(f"{file}: no such file; give a folder written by `pifa-deploy export`")
+    try:
+        model = onnx.load(file, load_external_data=False)
+    except Exception as error:
+        raise InputRefusedError(f"{file}: not a readable ONNX file ({error}); export the model again") from None
+    if not model.graph.node:
+        raise InputRefusedError(f"{file}: holds no graph; export the model again")
+    _check_external_data(model, folder)
+    _check_nodes(model, file)
+    manifest = read_json_object(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else {}
+    if manifest and manifest.get("schema") != SCHEMA:
+        raise InputRefusedError(
+            f"{folder / MANIFEST_FILE}: schema is {manifest.get('schema')!r}, this program reads {SCHEMA}; export again"
+        )
+    return OnnxFolder(path=folder, model=model, manifest=manifest)
+
+
+def external_files(model: onnx.ModelProto, folder: Path) -> list[str]:
+    """Returns the distinct external data file names of a model, sorted."""
+    return sorted({ExternalDataInfo(tensor).location for tensor in _external_tensors(model)})
+
+
+def node_attributes(node: onnx.NodeProto) -> dict[str, object]:
+    """Returns a node's attributes as Python values."""
+    found = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    return {name: value.decode() if isinstance(value, bytes) else value for name, value in found.items()}
+
+
+def _external_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    return (tensor for tensor in model.graph.initializer if uses_external_data(tensor))
+
+
+def _check_external_data(model: onnx.ModelProto, folder: Path) -> None:
+    for tensor in _external_tensors(model):
+        info = ExternalDataInfo(tensor)
+        location = str(info.location)
+        if os.path.isabs(location) or os.path.basename(location) != location or location in ("", ".", ".."):
+            raise InputRefusedError(
+                f"{folder / MODEL_FILE}: {tensor.name} takes its data from {location!r}, expected a file in the folder"
+            )
+        file = folder / location
+        if not file.is_file() or file.resolve().parent != folder.resolve():
+            raise InputRefusedError(f"{file}: missing, but {tensor.name} takes its data from it; export again")
+        end = (info.offset or 0) + (info.length or 0)
+        if end > file.stat().st_size:
+            raise InputRefusedError(
+                f"{file}: has {file.stat().st_size} bytes, {tensor.name} ends at {end}; the file is cut short"
+            )
+
+
+def _check_nodes(model: onnx.ModelProto, file: Path) -> None:
+    versions = {opset.domain: opset.version for opset in model.opset_import}
+    for node in model.graph.node:
+        if node.domain != op_spec.DOMAIN:
+            continue
+        where = f"{file}: {node.name or node.op_type}"
+        if node.op_type != op_spec.OP_TYPE or versions.get(op_spec.DOMAIN) != op_spec.OP_VERSION:
+            raise InputRefusedError(
+                f"{where} is {node.domain}::{node.op_type} version {versions.get(op_spec.DOMAIN)}, this program knows "
+                f"{op_spec.OP_TYPE} version {op_spec.OP_VERSION}; export again or update pifa-deploy"
+            )
+        try:
+            op_spec.check_attributes(node_attributes(node), where)
+        except ValueError as error:
+            raise InputRefusedError(str(error)) from None
