@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pifa_deploy.digest import file_sha256
 from pifa_deploy.engine_record import (
     ENGINE_JSON,
     EngineFile,
     EngineRecord,
-    file_sha256,
     histogram,
     layers_in_log,
     memory_in_log,
@@ -82,6 +82,7 @@ class BuildOptions:
         """Returns the options for engine.json; of the plugin only its file name."""
         value = asdict(self)
         del value["force"]
+        value |= {"targets": list(self.targets), "compute_capabilities": list(self.compute_capabilities)}
         value["plugin_library"] = self.plugin_library.name if self.plugin_library else None
         return value
 
@@ -174,7 +175,9 @@ def profile_shapes(
 def _require_builder(backend: str) -> None:
     module, extra = _MODULES[backend]
     for name in (module, "polygraphy"):
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        # A folder of that name in the working directory is found too, without an origin.
+        if found is None or found.origin is None:
             raise MissingCapabilityError(
                 f"{name} is not installed, {backend} engines need it; run: pip install '{extra}'"
             )
@@ -207,13 +210,14 @@ def _run_child(spec: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
     """Runs the build in `folder` and returns its result; on failure moves the log to `<out>.build.log`."""
     # The child's working directory is on its import path: it has to be a folder that only we write.
     package_root = str(Path(__file__).resolve().parents[1])
-    paths = [package_root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths)), "PYTHONUNBUFFERED": "1"}
     write_json(folder / _SPEC, spec)
     log = folder / BUILD_LOG
     with log.open("wb") as stream:
         status = _wait(_child_command(folder / _SPEC), cwd=folder, env=environment, stream=stream)
-    _remove_paths(log, {str(Path(spec["onnx"]).parent): "<onnx>", str(folder): "<out>", sys.prefix: "<python>"})
+    places = {str(Path(spec["onnx"]).parent): "<onnx>", str(folder): "<out>"}
+    _remove_paths(log, {**places, sys.prefix: "<python>", package_root: "<package>"})
     if status == 0 and (folder / _RESULT).is_file() and (folder / ENGINE).is_file():
         result: dict[str, Any] = json.loads((folder / _RESULT).read_text(encoding="utf-8"))
         (folder / _RESULT).unlink()
@@ -256,7 +260,8 @@ def _last_lines(log: Path) -> str:
 def _remove_paths(log: Path, names: dict[str, str]) -> None:
     text = log.read_bytes()
     for path, name in names.items():
-        text = text.replace(os.fsencode(path), name.encode())
+        # With its separator, so that neither "/" nor a folder of a longer name is taken for it.
+        text = text.replace(os.fsencode(path + os.sep), f"{name}/".encode())
     log.write_bytes(text)
 
 
@@ -271,7 +276,7 @@ def _record(
     log = (folder / BUILD_LOG).read_text(encoding="utf-8", errors="replace")
     engine = folder / ENGINE
     files = (source.model_path.name, *external_files(source.model, source.path))
-    layers = layers_in_log(log)
+    layers = layers_in_log(log, result["modules"])
     file = EngineFile(
         file=ENGINE, bytes=engine.stat().st_size, sha256=file_sha256(engine), compute_capabilities=built_for
     )

@@ -11,6 +11,7 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import resource
 import signal
 import sys
@@ -21,6 +22,7 @@ from typing import Any
 
 RTX = "tensorrt-rtx"
 _PR_SET_PDEATHSIG = 1
+_FUNCTION_NODE = re.compile(r"\| ([^|\]]+) \(PifaLinear\)\]")
 
 
 def main(spec_path: str) -> None:
@@ -40,7 +42,7 @@ def main(spec_path: str) -> None:
 
 
 def build(spec: dict[str, Any]) -> dict[str, Any]:
-    """Writes the engine and returns what happened: "version", "network", "seconds", "peak_rss_bytes"."""
+    """Writes the engine and returns "version", "network", "modules", "seconds" and "peak_rss_bytes"."""
     from polygraphy.backend.trt import EngineBytesFromNetwork, NetworkFromOnnxPath
     from polygraphy.logger import G_LOGGER
 
@@ -50,7 +52,7 @@ def build(spec: dict[str, Any]) -> dict[str, Any]:
     if spec["plugin_library"]:
         trt.get_plugin_registry().load_library(spec["plugin_library"])
     builder, network, parser = NetworkFromOnnxPath(spec["onnx"], strongly_typed=True)()
-    described = describe(network)
+    described, modules = describe(network), modules_of(network)
     # Parser and builder have to outlive the build: the network refers to their memory.
     with builder, network, parser:
         engine = EngineBytesFromNetwork((builder, network), _config(spec, trt))()
@@ -59,6 +61,7 @@ def build(spec: dict[str, Any]) -> dict[str, Any]:
     return {
         "version": trt.__version__,
         "network": described,
+        "modules": modules,
         "seconds": time.perf_counter() - start,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
@@ -69,6 +72,17 @@ def describe(network: Any) -> dict[str, Any]:
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     types = Counter(layer.get_output(0).dtype.name for layer in layers if layer.num_outputs)
     return {"layers": len(layers), "precision_histogram": dict(sorted(types.items()))}
+
+
+def modules_of(network: Any) -> dict[str, str]:
+    """Returns network layer -> PifaLinear node that it comes from, for the layers of function bodies.
+
+    The parser numbers the layers of a body; only their metadata, "[ONNX Layer: node | function node (type)]",
+    leads back to the module.
+    """
+    layers = (network.get_layer(index) for index in range(network.num_layers))
+    found = {layer.name: _FUNCTION_NODE.search(layer.metadata) for layer in layers}
+    return {name: match[1] for name, match in found.items() if match}
 
 
 def _config(spec: dict[str, Any], trt: Any) -> Any:

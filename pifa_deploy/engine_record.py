@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -16,9 +15,17 @@ from pifa_deploy.targets import BACKENDS
 
 ENGINE_JSON = "engine.json"
 SCHEMA = 1
+_TYPES: dict[str, type | tuple[type, ...]] = {
+    "seconds": (float, int),
+    "peak_rss_bytes": int,
+    "layers": list,
+    "profiles": list,
+    "targets": list,
+}
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
 _LAYER = re.compile(r"^\s+Name: (?P<name>.+?), LayerType: (?P<type>[^,]+), Inputs: (?P<rest>.*)$")
+_NUMBERING = re.compile(r"(_U\d+)?_myl\d+_\d+$")
 _DATATYPE = re.compile(r"Datatype: (\w+)")
 
 
@@ -34,11 +41,19 @@ class EngineFile:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineLayer:
-    """One layer of a built engine; `precision` is the data type of what it writes, "none" if nothing."""
+    """One layer of a built engine.
+
+    Attributes:
+        name: as the builder calls it.
+        type: "gemm", "kgen" (a generated kernel), ...
+        precision: data type of its first output, "none" if it writes nothing.
+        modules: PifaLinear modules whose products it computes; several when the builder merged them.
+    """
 
     name: str
     type: str
     precision: str
+    modules: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,8 +109,9 @@ class EngineRecord:
         _expect(value.get("backend") in BACKENDS, where, "backend", value.get("backend"), f"one of {BACKENDS}")
         for name in ("version", "onnx", "engines", "profiles", "compute_capabilities", "seconds", "peak_rss_bytes"):
             _expect(name in value, where, name, None, "a value")
-        for name, kind in (("seconds", (int, float)), ("peak_rss_bytes", int), ("layers", list), ("profiles", list)):
-            _expect(isinstance(value.get(name, []), kind), where, name, value.get(name), "another type")
+        for name, kind in _TYPES.items():
+            expected = "a number" if name in ("seconds", "peak_rss_bytes") else "a list"
+            _expect(name not in value or isinstance(value[name], kind), where, name, value.get(name), expected)
         onnx = value["onnx"]
         sha256 = onnx.get("sha256") if isinstance(onnx, Mapping) else None
         _expect(_is_hashes(sha256), where, "onnx.sha256", sha256, "file name -> 64 hexadecimal digits")
@@ -153,13 +169,26 @@ def read_engine_json(path: Path | str) -> EngineRecord:
     return record
 
 
-def layers_in_log(log: str) -> tuple[EngineLayer, ...]:
-    """Returns the engine layers that a verbose build log lists, () where it lists none."""
+def layers_in_log(log: str, modules: Mapping[str, str] | None = None) -> tuple[EngineLayer, ...]:
+    """Returns the engine layers that a verbose build log lists, () where it lists none.
+
+    Args:
+        log: text of the build log.
+        modules: layer of the parsed network -> module it belongs to. An engine layer is named after the
+            network layers that it computes, joined by "+", and a running number.
+    """
     layers = []
     for found in filter(None, map(_LAYER.match, log.splitlines())):
-        written = found["rest"].partition("Outputs: [")[2]
-        types = _DATATYPE.findall(written)
-        layers.append(EngineLayer(name=found["name"], type=found["type"], precision=types[0] if types else "none"))
+        types = _DATATYPE.findall(found["rest"].partition("Outputs: [")[2])
+        parts = [_NUMBERING.sub("", part) for part in found["name"].split("+")]
+        layers.append(
+            EngineLayer(
+                name=found["name"],
+                type=found["type"],
+                precision=types[0] if types else "none",
+                modules=tuple(modules[part] for part in parts if part in modules) if modules else (),
+            )
+        )
     return tuple(layers)
 
 
@@ -177,15 +206,6 @@ def memory_in_log(log: str) -> dict[str, int]:
 def histogram(layers: Iterable[EngineLayer]) -> dict[str, int]:
     """Returns precision -> number of layers."""
     return dict(sorted(Counter(layer.precision for layer in layers).items()))
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file's bytes in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _expect(holds: bool, where: str, name: str, found: object, expected: str) -> None:
@@ -250,4 +270,8 @@ def _layer(value: object, where: str) -> EngineLayer:
     sound = isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("name", "type", "precision"))
     _expect(sound, where, "layer", value, "name, type and precision")
     entry = value if isinstance(value, Mapping) else {}
-    return EngineLayer(name=entry["name"], type=entry["type"], precision=entry["precision"])
+    modules = entry.get("modules", [])
+    _expect(isinstance(modules, list), where, "modules", modules, "a list of names")
+    return EngineLayer(
+        name=entry["name"], type=entry["type"], precision=entry["precision"], modules=tuple(map(str, modules))
+    )

@@ -49,7 +49,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-    x, pivot_weight, coefficients, output_index, _ = inputs
+    x, pivot_weight, coefficients, output_index, bias = inputs
+    ctx.has_bias = bias is not None
     ctx.save_for_backward(x, pivot_weight, coefficients, output_index)
 
 
@@ -59,7 +60,8 @@ def _backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     vector = x.dim() == 1
     if vector:
         x, grad = x[None], grad[None]
-    grad_bias = grad.flatten(0, -2).sum(0) if ctx.needs_input_grad[4] else None
+    # torch drops an absent bias from the arguments, and from needs_input_grad with them.
+    grad_bias = grad.flatten(0, -2).sum(0) if ctx.has_bias and ctx.needs_input_grad[4] else None
     if index.numel():
         grad = torch.zeros_like(grad).index_add(-1, index, grad)
     grad_p, grad_np = grad[..., :rank], grad[..., rank:]

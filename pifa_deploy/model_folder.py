@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import shutil
 import warnings
 from collections.abc import Iterator
@@ -93,24 +92,6 @@ def save_tokenizer(source: Path | str, target: Path) -> bool:
     for file in found:
         shutil.copyfile(file, target / file.name)
     return any(file.name != "generation_config.json" for file in found)
-
-
-def content_sha256(folder: Path) -> str:
-    """Returns a hash over config.json and every tensor file of a model folder, independent of its place."""
-    digest = hashlib.sha256()
-    files = {folder / "config.json", *tensor_files(folder).values()}
-    for file in sorted(files, key=lambda path: path.name):
-        digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
-    return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file's bytes."""
-    with path.open("rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _location(source: Path | str) -> tuple[Path | str, dict[str, Any]]:

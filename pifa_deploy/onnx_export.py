@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from pifa_deploy import onnx_passes, op_spec
 from pifa_deploy.decoder_graph import cache_shape, graph_from_model, interface
+from pifa_deploy.digest import file_sha256, model_sha256
 from pifa_deploy.linear import LowRankLinear, PifaLinear
-from pifa_deploy.model_folder import HUB_PREFIX, content_sha256, file_sha256, load_model, save_tokenizer, torch_dtype
+from pifa_deploy.model_folder import HUB_PREFIX, load_model, save_tokenizer, torch_dtype
 from pifa_deploy.onnx_folder import DATA_FILE, MANIFEST_FILE, MODEL_FILE, SCHEMA
 from pifa_deploy.output_folder import new_folder, write_json
 from pifa_deploy.transformers_quantizer import spec_of
@@ -120,7 +121,7 @@ def _source_hash(checkpoint: Path | str) -> str | None:
     if str(checkpoint).startswith(HUB_PREFIX):
         return None
     path = Path(checkpoint)
-    return file_sha256(path) if path.is_file() else content_sha256(path)
+    return file_sha256(path) if path.is_file() else model_sha256(path)
 
 
 def _manifest(

