@@ -85,12 +85,26 @@ def even_windows(ids: torch.Tensor, sequence_length: int, count: int) -> torch.T
     """Returns at most `count` windows spread evenly over the text, without overlap, int64 [windows, sequence_length].
 
     Raises:
+        ValueError: no window, or windows of fewer than two tokens.
         InputRefusedError: the text is shorter than one window.
     """
+    if count < 1 or sequence_length < 2:
+        raise ValueError(f"{count} windows of {sequence_length} tokens, expected at least 1 of at least 2")
     last = _last_start(ids, sequence_length)
     count = min(count, len(ids) // sequence_length)
-    starts = torch.linspace(0, last, count).long().tolist() if count > 1 else [0]
+    # In integers: rounded floats can come one token closer than a window is long.
+    starts = [number * last // (count - 1) for number in range(count)] if count > 1 else [0]
     return torch.stack([ids[start : start + sequence_length] for start in starts])
+
+
+def check_vocabulary(windows: torch.Tensor, size: int) -> None:
+    """Raises InputRefusedError when a window holds a token that a model with `size` embeddings does not know."""
+    largest = int(windows.max())
+    if largest >= size:
+        raise InputRefusedError(
+            f"the tokenizer made token {largest} of the text, the model knows 0 .. {size - 1}; "
+            "give the model its own tokenizer"
+        )
 
 
 def _last_start(ids: torch.Tensor, sequence_length: int) -> int:

@@ -24,7 +24,7 @@ from pifa_deploy.errors import InputMissingError, InputRefusedError
 QUANT_METHOD = op_spec.QUANT_METHOD
 VERSION = 1
 FORMATS = ("pifa", "lowrank")
-_FLOATS = {"F64", "F32", "F16", "BF16"}
+FLOATS = {"F64", "F32", "F16", "BF16"}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
@@ -248,7 +248,7 @@ def _check_module(name: str, spec: ModuleSpec, files: Mapping[str, Path]) -> Non
             raise InputRefusedError(f"{tensor} is missing; config.json lists {name} as factorised")
         with safe_open(files[tensor], framework="pt") as file:
             found = file.get_slice(tensor)
-            dtypes = {"I32"} if suffix == "pivot_rows" else _FLOATS
+            dtypes = {"I32"} if suffix == "pivot_rows" else FLOATS
             if tuple(found.get_shape()) != shape or found.get_dtype() not in dtypes:
                 raise InputRefusedError(
                     f"{files[tensor]}: {tensor} is {found.get_dtype()} {tuple(found.get_shape())}, "

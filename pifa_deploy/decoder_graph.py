@@ -14,7 +14,6 @@ import torch
 from onnxscript import opset18, values
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
-from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.masking_utils import sdpa_mask
 
 from pifa_deploy import op_spec
@@ -53,15 +52,23 @@ def attention(
         [batch, sequence, heads, head_dim] and None, as transformers expects of an attention function.
     """
     groups = query.shape[1] // key.shape[1]
-    scores = query @ repeat_kv(key, groups).transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = query @ _repeated(key, groups).transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
         scores = torch.where(attention_mask, scores, torch.finfo(scores.dtype).min)
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
     # clone() and not contiguous(), which asks for the strides and makes torch.export guard on sizes.
-    mixed = (weights @ repeat_kv(value, groups)).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    mixed = (weights @ _repeated(value, groups)).transpose(1, 2).clone(memory_format=torch.contiguous_format)
     return mixed, None
+
+
+def _repeated(heads: torch.Tensor, groups: int) -> torch.Tensor:
+    """Repeats key or value heads [batch, kv_heads, total, head_dim] for the query heads that share them."""
+    if groups == 1:
+        return heads
+    batch, kv_heads, total, head_dim = heads.shape
+    return heads.unsqueeze(2).expand(-1, -1, groups, -1, -1).reshape(batch, kv_heads * groups, total, head_dim)
 
 
 def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ class DemoOptions:
     """
 
     density: float = 0.7
-    calibration: CalibrationOptions = CalibrationOptions(samples=32, sequence_length=512)
+    calibration: CalibrationOptions = field(default_factory=lambda: CalibrationOptions(samples=32))
     evaluation_windows: int = 10
     force: bool = False
 

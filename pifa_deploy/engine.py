@@ -275,7 +275,7 @@ def _record(
 ) -> EngineRecord:
     log = (folder / BUILD_LOG).read_text(encoding="utf-8", errors="replace")
     engine = folder / ENGINE
-    files = (source.model_path.name, *external_files(source.model, source.path))
+    files = (source.model_path.name, *external_files(source.model))
     layers = layers_in_log(log, result["modules"])
     file = EngineFile(
         file=ENGINE, bytes=engine.stat().st_size, sha256=file_sha256(engine), compute_capabilities=built_for

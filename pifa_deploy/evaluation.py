@@ -8,6 +8,8 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from pifa_deploy.calibration import check_vocabulary
+
 
 def perplexity(model: PreTrainedModel, windows: torch.Tensor, *, batch_size: int = 4) -> float:
     """Returns exp(mean negative log-likelihood) of every token but each window's first.
@@ -16,9 +18,13 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, *, batch_size: int
         model: causal LM in eval mode.
         windows: int64 [windows, sequence_length].
         batch_size: windows a forward pass.
+
+    Raises:
+        InputRefusedError: a token that the model does not know.
     """
+    check_vocabulary(windows, model.get_input_embeddings().num_embeddings)
     total, count = 0.0, 0
-    batches = windows.split(batch_size)
+    batches = torch.split(windows, batch_size)
     with torch.no_grad():
         for batch in tqdm(batches, desc="perplexity", unit="batch", disable=None, leave=False):
             logits = model(input_ids=batch.to(model.device), use_cache=False).logits[:, :-1].float()

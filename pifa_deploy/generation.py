@@ -17,11 +17,18 @@ def generate(runner: Runner, tokenizer: Any, prompt: str, *, max_new_tokens: int
         tokenizer: of the same model.
         prompt: plain text; with a chat template it is sent as one user message.
         max_new_tokens: at most this many tokens.
+
+    Raises:
+        ValueError: the prompt holds no token, or `max_new_tokens` is below 1.
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, expected at least 1")
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = np.array(tokenizer(prompt, add_special_tokens=False).input_ids, np.int64)
+    if not len(ids):
+        raise ValueError(f"the prompt {prompt!r} holds no token; give some text")
     cache, past, produced = None, 0, list[int]()
     while len(produced) < max_new_tokens:
         step = Step(

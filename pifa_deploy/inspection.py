@@ -10,11 +10,18 @@ from typing import Any
 
 from safetensors import safe_open
 
-from pifa_deploy.checkpoint import FactorizationRecord, is_checkpoint, read_config, tensor_files, validate
+from pifa_deploy.checkpoint import (
+    FactorizationRecord,
+    ModuleSpec,
+    is_checkpoint,
+    read_config,
+    tensor_files,
+    validate,
+)
 from pifa_deploy.engine_record import ENGINE_JSON, EngineRecord, read_engine_json
 from pifa_deploy.errors import InputMissingError, InputRefusedError
 from pifa_deploy.factorization import density_for_rank
-from pifa_deploy.onnx_folder import MODEL_FILE, OnnxFolder, open_folder
+from pifa_deploy.onnx_folder import MANIFEST_FILE, MODEL_FILE, OnnxFolder, open_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +70,7 @@ def inspect_path(path: Path | str) -> Inspection:
 
 def _checkpoint(folder: Path) -> Inspection:
     record = validate(folder)
-    rows = [_module_row(name, vars(spec)) for name, spec in record.modules.items()]
+    rows = [_module_row(name, spec) for name, spec in record.modules.items()]
     return Inspection(
         kind="checkpoint",
         facts={
@@ -87,7 +94,7 @@ def _onnx(folder: OnnxFolder) -> Inspection:
     nodes = Counter(
         f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in folder.model.graph.node
     )
-    modules = folder.manifest.get("modules") or {}
+    modules = _manifest_modules(folder)
     return Inspection(
         kind="onnx",
         facts={
@@ -102,8 +109,23 @@ def _onnx(folder: OnnxFolder) -> Inspection:
             "tools": folder.manifest.get("tools"),
         },
         columns=("module", "format", "rank", "out", "in", "density"),
-        rows=tuple(_module_row(name, entry) for name, entry in modules.items()),
+        rows=tuple(_module_row(name, spec) for name, spec in modules.items()),
     )
+
+
+def _manifest_modules(folder: OnnxFolder) -> dict[str, ModuleSpec]:
+    where = folder.path / MANIFEST_FILE
+    entries = folder.manifest.get("modules") or {}
+    if not isinstance(entries, Mapping):
+        raise InputRefusedError(f"{where}: modules is {entries!r}, expected an object; export again")
+    modules = {}
+    for name, entry in entries.items():
+        try:
+            fields = {field: value for field, value in entry.items() if field != "tensors"}
+            modules[name] = ModuleSpec(**fields)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputRefusedError(f"{where}: modules[{name!r}]: {error}; export again") from None
+    return modules
 
 
 def _engine(record: EngineRecord) -> Inspection:
@@ -125,23 +147,24 @@ def _engine(record: EngineRecord) -> Inspection:
 def _model_facts(folder: Path) -> dict[str, Any]:
     config = read_config(folder)
     files = tensor_files(folder)
+    names = config.get("architectures")
     dtypes: Counter[str] = Counter()
     for path in sorted(set(files.values())):
         with safe_open(path, framework="pt") as file:
             dtypes.update(file.get_slice(name).get_dtype() for name in file.keys())  # noqa: SIM118
     return {
-        "architecture": (config.get("architectures") or ["unknown"])[0],
+        "architecture": str(names[0] if isinstance(names, list) and names else "unknown"),
         "tensors": len(files),
         "dtypes": dict(dtypes),
         "bytes": sum(path.stat().st_size for path in set(files.values())),
     }
 
 
-def _module_row(name: str, entry: Mapping[str, Any]) -> tuple[Any, ...]:
-    rows, columns, rank = entry["out_features"], entry["in_features"], entry["rank"]
+def _module_row(name: str, spec: ModuleSpec) -> tuple[Any, ...]:
+    rows, columns, rank = spec.out_features, spec.in_features, spec.rank
     low_rank = rank * (rows + columns) / (rows * columns)
-    density = density_for_rank(rows, columns, rank) if entry["format"] == "pifa" else low_rank
-    return name, entry["format"], rank, rows, columns, round(density, 4)
+    density = density_for_rank(rows, columns, rank) if spec.format == "pifa" else low_rank
+    return name, spec.format, rank, rows, columns, round(density, 4)
 
 
 def _module_density(record: FactorizationRecord) -> float:

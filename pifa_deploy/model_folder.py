@@ -5,16 +5,17 @@ from __future__ import annotations
 import contextlib
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from pifa_deploy import transformers_quantizer  # noqa: F401 - registers the "pifa" method
-from pifa_deploy.checkpoint import read_config, tensor_files
+from pifa_deploy.checkpoint import FLOATS, read_config, tensor_files
 from pifa_deploy.errors import InputMissingError, InputRefusedError, MissingCapabilityError, PifaDeployError
 from pifa_deploy.op_spec import DTYPE_FLAGS
 
@@ -55,9 +56,12 @@ def load_model(source: Path | str, *, dtype: torch.dtype) -> PreTrainedModel:
     """
     place, options = _location(source)
     with _quiet_loading(), _as_refusal(source):
-        model, info = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True, **options)
+        # Sizes that do not match are reported like the other keys; the loader's own error names no tensor.
+        model, info = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **options
+        )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        names = sorted(str(name) for name in info.get(kind) or ())
+        names = sorted(_key_text(key) for key in info.get(kind) or ())
         if names:
             raise InputRefusedError(
                 f"{source}: {kind.replace('_', ' ')}: {names[0]} ({len(names)} in all); "
@@ -69,6 +73,14 @@ def load_model(source: Path | str, *, dtype: torch.dtype) -> PreTrainedModel:
     if "gguf_file" in options:
         _forget_quantization(model)
     return model.eval()
+
+
+def _key_text(key: Any) -> str:
+    """Returns the name of a tensor that was not loaded; of one of the wrong size both shapes too."""
+    if isinstance(key, str):
+        return key
+    name, found, expected = key
+    return f"{name} is {tuple(found)}, the configuration says {tuple(expected)}"
 
 
 def load_tokenizer(source: Path | str) -> Any:
@@ -85,7 +97,7 @@ def load_tokenizer(source: Path | str) -> Any:
 def save_tokenizer(source: Path | str, target: Path) -> bool:
     """Puts the tokenizer files and chat template of `source` beside a new artefact; False if it has none."""
     place, options = _location(source)
-    if isinstance(place, str) or options:
+    if isinstance(place, str) or "gguf_file" in options:
         load_tokenizer(source).save_pretrained(target)
         return True
     found = [place / name for name in _TOKENIZER_FILES if (place / name).is_file()]
@@ -96,21 +108,35 @@ def save_tokenizer(source: Path | str, target: Path) -> bool:
 
 def _location(source: Path | str) -> tuple[Path | str, dict[str, Any]]:
     """Returns what `from_pretrained` takes: place and extra options."""
+    # Code that comes with a model is never run, and nobody is asked whether it should be.
+    options: dict[str, Any] = {"trust_remote_code": False}
     if str(source).startswith(HUB_PREFIX):
-        return str(source)[len(HUB_PREFIX) :], {}
+        return str(source)[len(HUB_PREFIX) :], options
     path = Path(source)
     if path.is_file():
         with path.open("rb") as stream:
             magic = stream.read(4)
         if magic != _GGUF_MAGIC:
             raise InputRefusedError(f"{path}: starts with {magic!r}, expected a model folder or a GGUF file")
-        return path.parent, {"gguf_file": path.name}
+        return path.parent, {**options, "gguf_file": path.name}
     if not path.is_dir():
         raise InputMissingError(f"{path}: no such file or folder; give a model folder, a .gguf file or hf:ORG/NAME")
-    read_config(path)
+    config = read_config(path)
     if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
-        tensor_files(path)
-    return path, {}
+        files = tensor_files(path)
+        if "quantization_config" not in config:
+            _refuse_integers(files)
+    return path, options
+
+
+def _refuse_integers(files: Mapping[str, Path]) -> None:
+    """Raises InputRefusedError for a dense weight of integers, which a load would turn into floats silently."""
+    for path in sorted(set(files.values())):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                dtype = file.get_slice(name).get_dtype()
+                if name.endswith((".weight", ".bias")) and dtype not in FLOATS:
+                    raise InputRefusedError(f"{path}: {name} is {dtype}, expected {'/'.join(sorted(FLOATS))}")
 
 
 def _forget_quantization(model: PreTrainedModel) -> None:

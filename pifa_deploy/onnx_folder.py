@@ -7,6 +7,7 @@ pifa.json: {"schema": 1, "artefact": "onnx", "dtype": "fp16", "plain_ops": false
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from pifa_deploy import op_spec
@@ -53,12 +55,13 @@ class OnnxFolder:
     @property
     def cache_layers(self) -> int:
         """Number of key-value pairs of the graph's cache."""
-        return sum(value.name.startswith("past_key_values.") for value in self.model.graph.input) // 2
+        names = [str(value.name) for value in self.model.graph.input]
+        return len([name for name in names if name.startswith("past_key_values.")]) // 2
 
     def weight_bytes(self) -> int:
         """Returns the bytes of all initializers, on disk or inline."""
-        data = sum((self.path / name).stat().st_size for name in external_files(self.model, self.path))
-        return data + sum(len(tensor.raw_data) for tensor in self.model.graph.initializer)
+        data = sum((self.path / name).stat().st_size for name in external_files(self.model))
+        return int(data + sum(len(tensor.raw_data) for tensor in self.model.graph.initializer))
 
 
 def open_folder(path: Path | str) -> OnnxFolder:
@@ -78,19 +81,34 @@ def open_folder(path: Path | str) -> OnnxFolder:
         model = onnx.load(file, load_external_data=False)
     except Exception as error:
         raise InputRefusedError(f"{file}: not a readable ONNX file ({error}); export the model again") from None
-    if not model.graph.node:
-        raise InputRefusedError(f"{file}: holds no graph; export the model again")
+    if not model.graph.node or not model.opset_import:
+        raise InputRefusedError(f"{file}: holds no graph or no opset version; export the model again")
     _check_external_data(model, folder)
     _check_nodes(model, file)
-    manifest = read_json_object(folder / MANIFEST_FILE) if (folder / MANIFEST_FILE).is_file() else {}
-    if manifest and manifest.get("schema") != SCHEMA:
-        raise InputRefusedError(
-            f"{folder / MANIFEST_FILE}: schema is {manifest.get('schema')!r}, this program reads {SCHEMA}; export again"
-        )
+    manifest = _read_manifest(folder / MANIFEST_FILE)
     return OnnxFolder(path=folder, model=model, manifest=manifest)
 
 
-def external_files(model: onnx.ModelProto, folder: Path) -> list[str]:
+def _read_manifest(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    manifest = read_json_object(file)
+    if manifest.get("schema") != SCHEMA:
+        raise InputRefusedError(
+            f"{file}: schema is {manifest.get('schema')!r}, this program reads {SCHEMA}; export again"
+        )
+    # A dtype chooses the limits of a verification: a missing one must not pass for another.
+    if manifest.get("dtype") not in tuple(op_spec.DTYPE_FLAGS):
+        raise InputRefusedError(
+            f"{file}: dtype is {manifest.get('dtype')!r}, expected one of {', '.join(op_spec.DTYPE_FLAGS)}; "
+            "export again"
+        )
+    if not isinstance(manifest.get("source_sha256"), (str, type(None))):
+        raise InputRefusedError(f"{file}: source_sha256 is {manifest['source_sha256']!r}, expected text or null")
+    return manifest
+
+
+def external_files(model: onnx.ModelProto) -> list[str]:
     """Returns the distinct external data file names of a model, sorted."""
     return sorted({ExternalDataInfo(tensor).location for tensor in _external_tensors(model)})
 
@@ -102,29 +120,56 @@ def node_attributes(node: onnx.NodeProto) -> dict[str, object]:
 
 
 def _external_tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    return (tensor for tensor in model.graph.initializer if uses_external_data(tensor))
+    """Yields every tensor with external data: initializers and node attributes, in subgraphs and functions too."""
+    pending: list[Any] = [model.graph, *model.functions]
+    while pending:
+        block = pending.pop()
+        tensors, sparse = list(getattr(block, "initializer", ())), list(getattr(block, "sparse_initializer", ()))
+        for attribute in (attribute for node in block.node for attribute in node.attribute):
+            # An unset field reads as an empty message, which has neither tensors nor nodes.
+            tensors += [attribute.t, *attribute.tensors]
+            sparse += [attribute.sparse_tensor, *attribute.sparse_tensors]
+            pending += [attribute.g, *attribute.graphs]
+        tensors += [part for tensor in sparse for part in (tensor.values, tensor.indices)]
+        yield from (tensor for tensor in tensors if uses_external_data(tensor))
 
 
 def _check_external_data(model: onnx.ModelProto, folder: Path) -> None:
     for tensor in _external_tensors(model):
-        info = ExternalDataInfo(tensor)
+        where = f"{folder / MODEL_FILE}: {tensor.name}"
+        try:
+            info = ExternalDataInfo(tensor)
+            offset, length, needed = info.offset or 0, info.length, _data_bytes(tensor)
+        except (ValueError, TypeError) as error:
+            raise InputRefusedError(f"{where} has malformed external data ({error}); export the model again") from None
         location = str(info.location)
         if os.path.isabs(location) or os.path.basename(location) != location or location in ("", ".", ".."):
-            raise InputRefusedError(
-                f"{folder / MODEL_FILE}: {tensor.name} takes its data from {location!r}, expected a file in the folder"
-            )
+            raise InputRefusedError(f"{where} takes its data from {location!r}, expected a file in the folder")
         file = folder / location
         if not file.is_file() or file.resolve().parent != folder.resolve():
-            raise InputRefusedError(f"{file}: missing, but {tensor.name} takes its data from it; export again")
-        end = (info.offset or 0) + (info.length or 0)
-        if end > file.stat().st_size:
             raise InputRefusedError(
-                f"{file}: has {file.stat().st_size} bytes, {tensor.name} ends at {end}; the file is cut short"
+                f"{file}: missing or a link out of the folder, but {tensor.name} takes its data from it; export again"
             )
+        if offset < 0 or (length is not None and length != needed):
+            raise InputRefusedError(f"{where} claims bytes {offset} + {length} of {location}, its shape needs {needed}")
+        if offset + needed > file.stat().st_size:
+            raise InputRefusedError(
+                f"{file}: has {file.stat().st_size} bytes, {tensor.name} ends at {offset + needed}; "
+                "the file is cut short"
+            )
+
+
+def _data_bytes(tensor: onnx.TensorProto) -> int:
+    """Returns the bytes of a tensor's data; elements narrower than a byte are packed."""
+    if any(size < 0 for size in tensor.dims):
+        raise ValueError(f"shape {list(tensor.dims)}")
+    bits: int = ir.DataType(tensor.data_type).bitwidth
+    return (math.prod(map(int, tensor.dims)) * bits + 7) // 8
 
 
 def _check_nodes(model: onnx.ModelProto, file: Path) -> None:
     versions = {opset.domain: opset.version for opset in model.opset_import}
+    bodies = {(function.domain, function.name) for function in model.functions}
     for node in model.graph.node:
         if node.domain != op_spec.DOMAIN:
             continue
@@ -138,3 +183,5 @@ def _check_nodes(model: onnx.ModelProto, file: Path) -> None:
             op_spec.check_attributes(node_attributes(node), where)
         except ValueError as error:
             raise InputRefusedError(str(error)) from None
+        if (op_spec.DOMAIN, op_spec.OP_TYPE) not in bodies:
+            raise InputRefusedError(f"{where} has no function body in the file, which is cut short; export again")

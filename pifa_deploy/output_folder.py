@@ -182,9 +182,13 @@ def _writing_errors(target: Path) -> Iterator[None]:
         number = error.errno if isinstance(error, OSError) else None
         # safetensors and torch raise their own exceptions, with the system's words in them.
         no_space = number in _NO_SPACE or os.strerror(errno.ENOSPC) in str(error)
-        if not no_space and (number not in _NO_PLACE or not _is_beside(error, target)):
+        # FAT32, as memory cards have it, holds no file of 4 GiB.
+        too_large = number == errno.EFBIG or os.strerror(errno.EFBIG) in str(error)
+        if not (no_space or too_large) and (number not in _NO_PLACE or not _is_beside(error, target)):
             raise
         advice = "free some space" if no_space else "choose another place"
+        if too_large:
+            advice = "choose a file system that holds larger files"
         raise OutputError(f"{target} could not be written: {error}; {advice} and run the command again") from error
 
 

@@ -57,7 +57,7 @@ class Difference:
     Attributes:
         name: of the case.
         positions: number of logit rows.
-        finite: whether every candidate logit is finite; with one that is not, the other figures are NaN.
+        finite: whether every logit, of both, is finite; with one that is not, the other figures are NaN.
         max_abs: largest absolute difference of a logit.
         cosine: smallest cosine between two rows.
         mean_kl: mean KL(reference || candidate), nats.
@@ -125,7 +125,12 @@ class Comparison:
 def _row_figures(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.float64]]:
     columns: dict[str, list[float]] = {key: [] for key in ("finite", "max_abs", "cosine", "kl", "agree", "decided")}
     for expected, found in zip(reference.astype(np.float64), candidate.astype(np.float64), strict=True):
-        columns["finite"].append(float(np.isfinite(found).all()))
+        finite = np.isfinite(expected).all() and np.isfinite(found).all()
+        columns["finite"].append(float(finite))
+        if not finite:
+            for key in columns.keys() - {"finite"}:
+                columns[key].append(math.nan)
+            continue
         log_p, log_q = _log_softmax(expected), _log_softmax(found)
         best, second = np.partition(expected, -2)[[-1, -2]]
         columns["max_abs"].append(float(np.abs(expected - found).max()))
@@ -143,17 +148,20 @@ def _log_softmax(row: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _summed_up(name: str, rows: dict[str, npt.NDArray[np.float64]]) -> Difference:
-    decided = rows["decided"] > 0
     finite = bool(rows["finite"].all())
+    if not finite:
+        rows = {key: np.full_like(values, math.nan) for key, values in rows.items()}
+    decided = rows["decided"] > 0
+    top1 = float(rows["agree"][decided].mean()) if decided.any() else 1.0
     return Difference(
         name=name,
         positions=len(decided),
         finite=finite,
         max_abs=float(rows["max_abs"].max()),
         cosine=float(rows["cosine"].min()),
-        mean_kl=float(rows["kl"].mean()) if finite else math.nan,
-        p999_kl=float(np.quantile(rows["kl"], 0.999)) if finite else math.nan,
-        top1=float(rows["agree"][decided].mean()) if decided.any() else 1.0,
+        mean_kl=float(rows["kl"].mean()),
+        p999_kl=float(np.quantile(rows["kl"], 0.999)),
+        top1=top1 if finite else math.nan,
         decided=int(decided.sum()),
     )
 
@@ -185,5 +193,11 @@ def _at_most(name: str, value: float, limit: float) -> GateResult:
 
 
 def to_json(cases: Sequence[Difference], overall: Difference) -> dict[str, Any]:
-    """Returns the figures as JSON values."""
-    return {"cases": [asdict(case) for case in cases], "overall": asdict(overall)}
+    """Returns the figures as JSON values; a figure that is NaN or infinite, which JSON lacks, is null."""
+    return {"cases": [json_figures(case) for case in cases], "overall": json_figures(overall)}
+
+
+def json_figures(record: Difference | GateResult) -> dict[str, Any]:
+    """Returns the fields of one record as JSON values, as `to_json` does."""
+    fields = asdict(record)
+    return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in fields.items()}

@@ -16,6 +16,7 @@ from pifa_deploy.onnx_folder import OnnxFolder
 
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float32]
+_NUMPY_DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}  # numpy has no bfloat16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +79,12 @@ class OnnxRuntimeRunner:
         self._inputs = {value.name: value for value in self.session.get_inputs()}
         self._outputs = [value.name for value in self.session.get_outputs()]
         self._cache_names = [name for name in self._inputs if name.startswith("past_key_values.")]
+        for name in self._cache_names:
+            if self._inputs[name].type not in _NUMPY_DTYPES:
+                raise MissingCapabilityError(
+                    f"{folder.model_path}: {name} is {self._inputs[name].type}, which cannot be fed on this CPU; "
+                    "export fp32 or fp16, or verify on a GPU"
+                )
 
     def step(self, inputs: Step, cache: Any) -> tuple[FloatArray, Any]:
         """See Runner."""
@@ -93,11 +100,10 @@ class OnnxRuntimeRunner:
 
     def empty_cache(self, batch: int) -> dict[str, Any]:
         """Returns a cache of no positions."""
-        dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
         empty = {}
         for name in self._cache_names:
             value = self._inputs[name]
-            empty[name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), dtypes[value.type])
+            empty[name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), _NUMPY_DTYPES[value.type])
         return empty
 
 

@@ -18,7 +18,7 @@ from pifa_deploy.errors import InputRefusedError
 from pifa_deploy.linear import LowRankLinear, PifaLinear
 from pifa_deploy.model_folder import load_model, load_tokenizer, torch_dtype
 from pifa_deploy.onnx_folder import OnnxFolder, open_folder
-from pifa_deploy.parity import DEFAULT_GATES, Comparison, Difference, Gates, Verdict, judge, to_json
+from pifa_deploy.parity import DEFAULT_GATES, Comparison, Difference, Gates, Verdict, json_figures, judge, to_json
 from pifa_deploy.runners import FloatArray, IntArray, OnnxRuntimeRunner, Runner, Step, TorchRunner
 
 
@@ -73,9 +73,9 @@ class VerifyReport:
             "passed": bool(self),
             "dtype": self.dtype,
             **to_json(self.cases, self.overall),
-            "low_rank": asdict(self.low_rank) if self.low_rank else None,
+            "low_rank": json_figures(self.low_rank) if self.low_rank else None,
             "gates": asdict(self.gates),
-            "decisions": [asdict(gate) for gate in self.verdict.gates],
+            "decisions": [json_figures(gate) for gate in self.verdict.gates],
         }
 
 
@@ -159,7 +159,7 @@ def low_rank_twin(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel
     twin = copy.deepcopy(model, memo)
     for name, layer in tqdm(layers.items(), desc="low-rank twin", unit="layer", disable=None, leave=False):
         u, v = _balanced_pair(layer)
-        bias = None if layer.bias is None else layer.bias.detach()
+        bias = None if layer.bias is None else layer.bias.detach().clone()
         twin.set_submodule(name, LowRankLinear.from_pair(u.to(dtype), v.to(dtype), bias))
     return twin.to(dtype).eval()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from pifa_deploy.cli import console
-from pifa_deploy.errors import ExitCode
+from pifa_deploy.errors import ExitCode, InputRefusedError
 
 _COLUMNS = ("case", "positions", "max abs", "1 - cosine", "mean KL", "p99.9 KL", "top-1")
 
@@ -43,16 +43,17 @@ def verify_command(
 
     asked = {"mean_kl": gate_mean_kl, "top1": gate_top1, "low_rank_ratio": gate_low_rank_ratio}
     given = {name: value for name, value in asked.items() if value is not None}
-    gates = replace(DEFAULT_GATES[open_folder(onnx).dtype], **given)
+    dtype = open_folder(onnx).dtype
+    if dtype not in DEFAULT_GATES:
+        raise InputRefusedError(f"{onnx}: its dtype is {dtype!r}, expected one of {', '.join(DEFAULT_GATES)}")
+    gates = replace(DEFAULT_GATES[dtype], **given)
     with console.stage(f"verify {onnx}"):
         report = verify_folder(onnx, reference, VerifyOptions(text=text, decode_steps=decode_steps, gates=gates))
     console.result(report.to_json(), json_path)
     if str(json_path) != "-":
-        shown = [
-            *report.cases,
-            report.overall,
-            *([replace(report.low_rank, name="low-rank")] if report.low_rank else []),
-        ]
+        shown = [*report.cases, report.overall]
+        if report.low_rank:
+            shown.append(replace(report.low_rank, name="low-rank, same dtype"))
         rows = [
             (case.name, case.positions, case.max_abs, 1 - case.cosine, case.mean_kl, case.p999_kl, case.top1)
             for case in shown
@@ -61,7 +62,7 @@ def verify_command(
     for gate in report.verdict.gates:
         mark = "passed" if gate.passed else "FAILED"
         click.echo(f"{mark} {gate.name}: {console.number(gate.value)}, limit {console.number(gate.limit)}", err=True)
-    click.echo(f"{onnx}: {report.dtype} {'equals' if report else 'does NOT equal'} {reference}")
+    console.summary(f"{onnx}: {report.dtype} {'equals' if report else 'does NOT equal'} {reference}", json_path)
     return ExitCode.PASSED if report else ExitCode.GATE_FAILED
 
 

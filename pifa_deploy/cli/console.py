@@ -94,6 +94,11 @@ def result(value: Mapping[str, Any], json_path: Path | None) -> None:
     write_json(json_path, value)
 
 
+def summary(text: str, json_path: Path | None) -> None:
+    """Shows a closing line; on standard error where standard output carries the JSON."""
+    click.echo(text, err=str(json_path) == "-")
+
+
 Handler = Callable[..., Any]
 
 

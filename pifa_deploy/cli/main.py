@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -69,22 +70,29 @@ def run(arguments: Sequence[str]) -> int:
     debug = "--debug" in arguments
     # transformers announces optional image packages on every start; this program has no use for them.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Other libraries draw their progress bars into log files too.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         code: Any = cli.main(list(arguments), prog_name="pifa-deploy", standalone_mode=False)
         return int(code or 0)
     except click.exceptions.Exit as stop:
         return stop.exit_code
     except click.UsageError as error:
-        error.show()
-        return ExitCode.USAGE
+        command = error.ctx.command_path if error.ctx else "pifa-deploy"
+        if type(error).__name__ == "NoArgsIsHelpError":  # no command at all; click before 8.2 has no such class
+            error.show()
+            return ExitCode.USAGE
+        return _failed(f"{error.format_message()}; see {command} --help", ExitCode.USAGE, debug)
     except (KeyboardInterrupt, click.Abort):
         return _failed("interrupted; what existed before is untouched", ExitCode.INTERRUPTED, debug)
     except PifaDeployError as error:
         return _failed(str(error), error.exit_code, debug)
     except (ValueError, TypeError, click.ClickException) as error:
         return _failed(str(error), ExitCode.USAGE, debug)
-    except BrokenPipeError:
-        return ExitCode.PASSED
+    except SystemExit:
+        # click ends the process so, with status 1, when the reader of a pipe is gone; 1 is a failed gate here.
+        return 128 + signal.SIGPIPE
     except Exception as error:
         return _failed(f"{type(error).__name__}: {error}", ExitCode.STAGE_FAILED, debug)
 

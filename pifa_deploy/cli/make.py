@@ -50,9 +50,10 @@ def compress_command(
     with console.stage(f"compress {model}"):
         summary = compress_model(model, out, chosen)
     console.result(asdict(summary), json_path)
-    click.echo(
+    console.summary(
         f"{out}: {summary.modules} linears at density {summary.module_density:.4f}, "
-        f"{summary.dense_parameters:,} -> {summary.parameters:,} parameters, max |C| {summary.max_coefficient:.3g}"
+        f"{summary.dense_parameters:,} -> {summary.parameters:,} parameters, max |C| {summary.max_coefficient:.3g}",
+        json_path,
     )
 
 
@@ -73,10 +74,11 @@ def import_command(checkpoint: Path, out: Path, dtype: str | None, force: bool, 
         summary = import_checkpoint(checkpoint, out, options=ImportOptions(dtype=dtype, force=force))
     console.result(summary.to_json(), json_path)
     for note in summary.notes:
-        click.echo(f"note: {note}")
-    click.echo(
+        console.summary(f"note: {note}", json_path)
+    console.summary(
         f"{out}: {summary.kind}, {summary.modules} factorised and {summary.dense_linears} dense linears, "
-        f"{summary.biases_added} biases added, {summary.dtype}, max |C| {summary.max_coefficient:.3g}"
+        f"{summary.biases_added} biases added, {summary.dtype}, max |C| {summary.max_coefficient:.3g}",
+        json_path,
     )
 
 
@@ -94,9 +96,10 @@ def export_command(checkpoint: str, out: Path, json_path: Path | None, **options
     with console.stage(f"export {checkpoint}"):
         summary = export_checkpoint(checkpoint, out, ExportOptions(**options))
     console.result(asdict(summary), json_path)
-    click.echo(
+    console.summary(
         f"{out}: {summary.dtype}, {summary.nodes} nodes, {summary.pifa_nodes} of them PifaLinear, "
-        f"{summary.bytes / 1e6:.1f} MB{'' if summary.tokenizer else ', no tokenizer found'}"
+        f"{summary.bytes / 1e6:.1f} MB{'' if summary.tokenizer else ', no tokenizer found'}",
+        json_path,
     )
 
 
@@ -104,7 +107,7 @@ def export_command(checkpoint: str, out: Path, json_path: Path | None, **options
 @click.argument("onnx", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--backend", type=click.Choice(["tensorrt-rtx", "tensorrt"]), default="tensorrt-rtx", show_default=True)
-@click.option("--target", "targets", multiple=True, help="GPU by name (rtx4090, orin-agx, ...); may be repeated.")
+@click.option("--target", "targets", multiple=True, help="GPU by name (rtx4090, agx-orin, ...); may be repeated.")
 @click.option("--compute-capabilities", default="", help="Comma-separated, e.g. 8.6,8.9,12.0.")
 @click.option("--max-batch-size", type=int, default=1, show_default=True)
 @click.option("--max-input-len", type=int, default=512, show_default=True, help="Most tokens in one call.")
@@ -121,7 +124,8 @@ def build_command(onnx: Path, out: Path, compute_capabilities: str, json_path: P
         record = build_engines(onnx, out, chosen)
     console.result(record.to_json(), json_path)
     size = sum(engine.bytes for engine in record.engines)
-    click.echo(
+    console.summary(
         f"{out}: {record.backend} {record.version} for {', '.join(record.compute_capabilities)}, {size / 1e6:.1f} MB, "
-        f"{len(record.layers)} layers, {record.seconds:.1f} s, peak {record.peak_rss_bytes / 1e6:.0f} MB"
+        f"{len(record.layers)} layers, {record.seconds:.1f} s, peak {record.peak_rss_bytes / 1e6:.0f} MB",
+        json_path,
     )

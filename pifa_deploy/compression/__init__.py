@@ -59,6 +59,8 @@ class CompressOptions:
             raise ValueError(f"method is {self.method!r}, expected one of {METHODS}")
         if self.format not in FORMATS:
             raise ValueError(f"format is {self.format!r}, expected one of {FORMATS}")
+        if self.rank_multiple < 1:
+            raise ValueError(f"rank_multiple is {self.rank_multiple}, expected at least 1")
         if self.method == "whitened" and not self.calibration:
             raise ValueError("method whitened needs calibration text; pass --calibration FILE")
         torch_dtype(self.dtype)
@@ -96,6 +98,7 @@ def compress_model(source: Path | str, target: Path | str, options: CompressOpti
         options: see CompressOptions.
 
     Raises:
+        ValueError: the density leaves no rank to a layer; names the layer.
         InputRefusedError: malformed model or text, or a model without linear layers to factorise.
         FactorizationError: a layer has no usable pivot factors; names the layer.
         OutputExistsError, OutputHeldError, OutputError: see `output_folder.new_folder`.
@@ -166,7 +169,7 @@ def _replace_all(
         except FactorizationError as error:
             raise FactorizationError(f"{name}: {error}") from None
         except ValueError as error:
-            raise InputRefusedError(f"{name}: {error}") from None
+            raise ValueError(f"{name}: {error}") from None
         model.set_submodule(name, factorised)
         largest = max(largest, coefficient)
     return largest
@@ -177,7 +180,7 @@ def _factorised(
 ) -> tuple[PifaLinear | LowRankLinear, float]:
     weight = layer.weight.detach()
     rank_of = rank_for_density if options.format == "pifa" else low_rank_rank_for_density
-    rank = rank_of(*weight.shape, options.density, multiple=options.rank_multiple)
+    rank = rank_of(layer.out_features, layer.in_features, options.density, multiple=options.rank_multiple)
     u, v = truncated_svd(weight, rank) if moment is None else whitened_svd(weight, moment, rank)
     dtype = torch_dtype(options.dtype)
     if options.format == "lowrank":

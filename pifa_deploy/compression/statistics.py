@@ -10,6 +10,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from pifa_deploy.calibration import check_vocabulary
 from pifa_deploy.errors import StageFailedError
 
 
@@ -27,8 +28,10 @@ def input_moments(
         batch_size: windows a forward pass.
 
     Raises:
+        InputRefusedError: a token that the model does not know.
         StageFailedError: a layer saw NaN or Inf, or was never called.
     """
+    check_vocabulary(windows, model.get_input_embeddings().num_embeddings)
     moments: dict[str, torch.Tensor] = {}
     sharing: dict[str, str] = {}
     last: list[Any] = [None, ""]
@@ -49,7 +52,7 @@ def input_moments(
     handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
     try:
         with torch.no_grad():
-            batches = windows.split(batch_size)
+            batches = torch.split(windows, batch_size)
             for batch in tqdm(batches, desc="calibration", unit="batch", disable=None, leave=False):
                 model(input_ids=batch.to(model.device), use_cache=False, logits_to_keep=1)
                 last[:] = [None, ""]

@@ -1,0 +1,371 @@
+"""Ctrl-C and a full disk in every stage: one line, the right exit code, and no trace but what was there before."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_fixtures import Outcome, content, passage
+from research_fixtures import compressed, save_research, tiny_llama
+
+from pifa_deploy.calibration import CALIBRATION_TEXT
+from pifa_deploy.checkpoint import validate
+from pifa_deploy.onnx_folder import open_folder
+
+pytest_plugins = ("cli_plugin",)
+
+INTERRUPTED, STAGE_FAILED = 130, 4
+RTX = importlib.util.find_spec("tensorrt_rtx") is not None and importlib.util.find_spec("polygraphy") is not None
+needs_rtx = pytest.mark.skipif(not RTX, reason="TensorRT-RTX is not installed: pip install 'pifa-deploy[rtx]'")
+CONSOLE = [sys.executable, "-c", "from pifa_deploy.cli.main import main; main()"]
+
+# More work than the test waits for, so that the signal comes while the command is at it.
+WRITERS = {
+    "compress": ("{dense}", "{out}", "--density", "0.5", "--calibration", "{text}", "--calibration-samples", "100000"),
+    "import": ("{research}", "{out}"),
+    "export": ("{checkpoint}", "{out}"),
+    "build": ("{onnx}", "{out}"),
+}
+READERS = {
+    "verify": ("{onnx}", "--reference", "{checkpoint}", "--text", "{text}", "--decode-steps", "900"),
+    "evaluate": (*["{dense}"] * 50, "--text", "{text}", "--context", "1000", "--max-windows", "1000"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(
+    dense: Path, checkpoint: Path, onnx_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    (folder / "long.txt").write_text(passage(CALIBRATION_TEXT, 400_000), encoding="utf-8")
+    research = save_research(folder / "research.pt", compressed(tiny_llama(), "svd")[0])
+    return {
+        "dense": dense,
+        "checkpoint": checkpoint,
+        "onnx": onnx_folder,
+        "research": research,
+        "text": folder / "long.txt",
+    }
+
+
+def command_line(name: str, places: dict[str, Path], out: Path) -> list[str]:
+    return [name, *(part.format(**places, out=out) for part in (WRITERS | READERS)[name])]
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """`started(arguments)` starts the command line as a process of its own."""
+    running: list[subprocess.Popen[str]] = []
+
+    def start(arguments: list[str], **options: Any) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [*CONSOLE, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            **options,
+        )
+        running.append(process)
+        return process
+
+    yield start
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    for _ in range(6000):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    pytest.fail("the command did not get that far in a minute")
+
+
+def has_loaded(process: subprocess.Popen[str], library: str) -> bool:
+    try:
+        return library in Path(f"/proc/{process.pid}/maps").read_text()
+    except OSError:
+        return False
+
+
+def ended(process: subprocess.Popen[str]) -> Outcome:
+    out, err = process.communicate(timeout=60)
+    return Outcome(process.returncode, out, err)
+
+
+def processes_that_name(path: Path) -> list[str]:
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = entry.read_bytes()
+        except OSError:
+            continue
+        if os.fsencode(str(path)) in line:
+            found.append(entry.parent.name)
+    return found
+
+
+def artefact(command: str, places: dict[str, Path], out: Path) -> None:
+    """Puts a whole artefact where the command will write."""
+    if command in ("compress", "import"):
+        shutil.copytree(places["checkpoint"], out)
+    elif command == "export":
+        shutil.copytree(places["onnx"], out)
+    else:
+        out.mkdir()
+        (out / "engine.json").write_text("{}")
+
+
+def loads(command: str, out: Path) -> None:
+    if command in ("compress", "import"):
+        validate(out)
+    elif command == "export":
+        open_folder(out)
+
+
+# A command writes from the moment its .partial folder stands; later moments lie in reading, computing, writing.
+MOMENTS = {"compress": (0.0, 1.5), "import": (0.0,), "export": (0.0, 2.0), "build": (0.0, 0.8)}
+
+
+@pytest.mark.parametrize(
+    ("command", "delay"),
+    [
+        pytest.param(command, delay, marks=needs_rtx if command == "build" else ())
+        for command, delays in MOMENTS.items()
+        for delay in delays
+    ],
+)
+def test_ctrl_c_while_writing_leaves_what_was_there(
+    command: str, delay: float, places: dict[str, Path], tmp_path: Path, started: Any
+) -> None:
+    out = tmp_path / "out"
+    if delay:  # the first moment without, the others with an output to replace
+        artefact(command, places, out)
+    before = content(tmp_path)
+    process = started([*command_line(command, places, out), "--force"])
+    wait_for((tmp_path / ".out.partial").is_dir, process)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    ended(process).failed(INTERRUPTED, "^error: interrupted; what existed before is untouched$")
+    assert content(tmp_path) == before
+    assert processes_that_name(tmp_path) == []
+    if delay:
+        loads(command, out)
+
+
+@pytest.mark.parametrize(
+    ("command", "library", "delay"),
+    [
+        ("evaluate", "libtorch_cpu", 0.0),  # in the middle of the imports
+        ("evaluate", "libtorch_cpu", 6.0),
+        ("verify", "onnxruntime_pybind11_state", 1.0),
+    ],
+)
+def test_ctrl_c_while_measuring_is_one_line(
+    command: str, library: str, delay: float, places: dict[str, Path], tmp_path: Path, started: Any
+) -> None:
+    result = tmp_path / "result.json"
+    process = started([*command_line(command, places, tmp_path / "out"), "--json", str(result)])
+    wait_for(lambda: has_loaded(process, library), process)
+    time.sleep(delay)
+    process.send_signal(signal.SIGINT)
+    outcome = ended(process)
+    outcome.failed(INTERRUPTED, "^error: interrupted")
+    assert outcome.out == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@needs_rtx
+def test_ctrl_c_in_a_terminal_reaches_builder_and_command_at_once(
+    places: dict[str, Path], tmp_path: Path, started: Any
+) -> None:
+    process = started(command_line("build", places, tmp_path / "out"), start_new_session=True)
+    wait_for((tmp_path / ".out.partial" / "spec.json").is_file, process)
+    time.sleep(0.5)
+    os.killpg(process.pid, signal.SIGINT)
+    ended(process).failed(INTERRUPTED, "^error: interrupted")
+    assert list(tmp_path.iterdir()) == []
+    assert processes_that_name(tmp_path) == []
+
+
+# Every step of a stage, hit exactly: the signal is sent from inside it.
+
+STEPS = {
+    "compress": [
+        "pifa_deploy.compression.load_model",
+        "pifa_deploy.compression.read_texts",
+        "pifa_deploy.compression.input_moments",
+        "pifa_deploy.compression.factors_from_low_rank",
+        "pifa_deploy.compression.attach",
+        "transformers.PreTrainedModel.save_pretrained",
+        "pifa_deploy.compression.save_tokenizer",
+        "pifa_deploy.compression.validate",
+        "pifa_deploy.output_folder._swap_in",
+    ],
+    "import": [
+        "pifa_deploy.importers.research.read_research",
+        "pifa_deploy.transformers_quantizer.attach",
+        "transformers.PreTrainedModel.save_pretrained",
+        "pifa_deploy.checkpoint.validate",
+        "pifa_deploy.output_folder._swap_in",
+    ],
+    "export": [
+        "pifa_deploy.onnx_export.load_model",
+        "pifa_deploy.onnx_export.graph_from_model",
+        "pifa_deploy.onnx_export.save_graph",
+        "pifa_deploy.onnx_export.save_tokenizer",
+        "pifa_deploy.onnx_export.write_json",
+        "pifa_deploy.onnx_passes.check",
+    ],
+    "build": ["pifa_deploy.engine._run_child", "pifa_deploy.engine._record", "pifa_deploy.output_folder._swap_in"],
+}
+
+
+@pytest.mark.parametrize(("command", "step"), [(command, step) for command in STEPS for step in STEPS[command]])
+@pytest.mark.parametrize("force", [False, True], ids=["new", "replacing"])
+def test_ctrl_c_in_a_step_leaves_what_was_there(
+    command: str,
+    step: str,
+    force: bool,
+    places: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pifa_deploy: Callable[..., Outcome],
+) -> None:
+    if command == "build":
+        fields = {"version": "1", "network": {}, "modules": {}, "seconds": 1.0, "peak_rss_bytes": 1}
+        code = f"open('model.engine', 'wb').write(b'e'); open('result.json', 'w').write({json.dumps(fields)!r})"
+        monkeypatch.setattr("pifa_deploy.engine._require_builder", lambda backend: None)
+        monkeypatch.setattr("pifa_deploy.engine._child_command", lambda spec: [sys.executable, "-c", code])
+    if step in STEPS["export"][2:] and command == "export":  # what stands before these steps takes seconds
+        monkeypatch.setattr("pifa_deploy.onnx_export.graph_from_model", graph_of(places["onnx"]))
+    called = []
+
+    def interrupted(*args: Any, **kwargs: Any) -> None:
+        called.append(step)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(step, interrupted)
+    if force:
+        artefact(command, places, tmp_path / "out")
+    before = content(tmp_path)
+    arguments = [part.replace("100000", "2") for part in command_line(command, places, tmp_path / "out")]
+    outcome = pifa_deploy(*arguments, *(["--force"] if force else []))
+    assert called == [step]
+    outcome.failed(INTERRUPTED, "^error: interrupted; what existed before is untouched$")
+    assert content(tmp_path) == before
+
+
+def graph_of(folder: Path) -> Callable[[Any], Any]:
+    import onnx_ir as ir
+
+    from pifa_deploy import onnx_passes
+
+    onnx_passes.register_op_schema()
+    return lambda model: ir.load(folder / "model.onnx")
+
+
+# No space
+
+SMALL = 96 * 1024  # bytes
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with less space than any artefact of the small model needs."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "none", str(place)], capture_output=True, text=True, check=False
+    )
+    if made.returncode != 0:
+        pytest.skip(f"a file system cannot be mounted here: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def fill(disk: Path) -> None:
+    descriptor = os.open(disk / "ballast", os.O_CREAT | os.O_WRONLY)
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            while True:
+                os.write(descriptor, bytes(4096))
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    "command", [pytest.param(name, marks=needs_rtx if name == "build" else ()) for name in WRITERS]
+)
+def test_no_space_is_told_and_leaves_nothing(
+    command: str,
+    places: dict[str, Path],
+    full_disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pifa_deploy: Callable[..., Outcome],
+) -> None:
+    arguments = [part.replace("100000", "2") for part in command_line(command, places, full_disk / "out")]
+    if command == "export":
+        monkeypatch.setattr("pifa_deploy.onnx_export.graph_from_model", graph_of(places["onnx"]))
+    if command in ("import", "build"):  # the tiny research model fits, and a builder needs more than its output
+        fill(full_disk)
+    before = content(full_disk)
+    pifa_deploy(*arguments).failed(STAGE_FAILED, "disk/out could not be written: .*; free some space and run")
+    assert content(full_disk) == before
+
+
+def test_no_space_leaves_the_forced_output_whole(
+    places: dict[str, Path], full_disk: Path, monkeypatch: pytest.MonkeyPatch, pifa_deploy: Callable[..., Outcome]
+) -> None:
+    monkeypatch.setattr("pifa_deploy.onnx_export.graph_from_model", graph_of(places["onnx"]))
+    (full_disk / "out").mkdir()
+    (full_disk / "out" / "pifa.json").write_text("{}")
+    before = content(full_disk)
+    outcome = pifa_deploy(*command_line("export", places, full_disk / "out"), "--force")
+    outcome.failed(STAGE_FAILED, "free some space")
+    assert content(full_disk) == before
+
+
+def test_no_space_for_the_result_is_told(
+    places: dict[str, Path], full_disk: Path, pifa_deploy: Callable[..., Outcome]
+) -> None:
+    fill(full_disk)
+    result = full_disk / "result.json"
+    outcome = pifa_deploy("inspect", places["checkpoint"], "--json", result)
+    outcome.failed(STAGE_FAILED, r"disk/result\.json could not be written: .*; free some space")
+    assert [path.name for path in full_disk.iterdir()] == ["ballast"]
+
+
+@pytest.mark.parametrize("command", ["compress", "export"])
+def test_a_file_larger_than_the_file_system_allows_is_told(
+    command: str,
+    places: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pifa_deploy: Callable[..., Outcome],
+) -> None:
+    monkeypatch.setattr("pifa_deploy.onnx_export.graph_from_model", graph_of(places["onnx"]))
+    arguments = [part.replace("100000", "2") for part in command_line(command, places, tmp_path / "out")]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (SMALL, hard))
+    try:
+        outcome = pifa_deploy(*arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    outcome.failed(STAGE_FAILED, "out could not be written: .*File too large.*; choose a file system")
+    assert list(tmp_path.iterdir()) == []

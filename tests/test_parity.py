@@ -1,0 +1,231 @@
+"""The figures against scipy's, and the decisions made from them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.spatial.distance import cosine
+from scipy.special import rel_entr, softmax
+
+from pifa_deploy.parity import (
+    DEFAULT_GATES,
+    TOP1_GAP,
+    Comparison,
+    Difference,
+    Gates,
+    GateResult,
+    Verdict,
+    json_figures,
+    judge,
+    to_json,
+)
+
+SOUND = Difference(
+    name="overall",
+    positions=100,
+    finite=True,
+    max_abs=1e-2,
+    cosine=0.9999,
+    mean_kl=1e-4,
+    p999_kl=1e-3,
+    top1=0.995,
+    decided=98,
+)
+GATES = Gates(mean_kl=2e-4, top1=0.99, low_rank_ratio=4.0)
+
+
+def logits(positions: int, noise: float, *, seed: int = 0, vocabulary: int = 50) -> tuple[np.ndarray, np.ndarray]:
+    random = np.random.default_rng(seed)
+    reference = random.normal(size=(positions, vocabulary)) * 3
+    return reference.astype(np.float32), (reference + noise * random.normal(size=reference.shape)).astype(np.float32)
+
+
+def kl(reference: np.ndarray, candidate: np.ndarray) -> np.ndarray:
+    p, q = softmax(reference.astype(np.float64), axis=-1), softmax(candidate.astype(np.float64), axis=-1)
+    return rel_entr(p, q).sum(-1)
+
+
+@pytest.mark.parametrize("noise", [1.0, 1e-1, 1e-3])
+def test_figures_are_those_of_scipy(noise: float) -> None:
+    reference, candidate = logits(2000, noise)
+    found = Comparison().add("case", reference, candidate)
+    expected = kl(reference, candidate)
+    assert found.mean_kl == pytest.approx(expected.mean(), rel=1e-6)
+    assert found.p999_kl == pytest.approx(np.percentile(expected, 99.9), rel=1e-6)
+    distances = [cosine(*pair) for pair in zip(reference.astype(float), candidate.astype(float), strict=True)]
+    assert found.cosine == pytest.approx(1 - max(distances), abs=1e-12)
+    assert found.max_abs == np.abs(reference.astype(float) - candidate.astype(float)).max()
+    assert (found.positions, found.finite, found.name) == (2000, True, "case")
+
+
+def test_kl_counts_from_the_reference() -> None:
+    reference, candidate = logits(20, 2.0)
+    there, back = Comparison().add("", reference, candidate), Comparison().add("", candidate, reference)
+    assert there.mean_kl == pytest.approx(kl(reference, candidate).mean())
+    assert there.mean_kl != pytest.approx(back.mean_kl, rel=1e-2)
+
+
+def test_differences_of_float32_rounding_are_resolved() -> None:
+    reference, candidate = logits(200, 0.0)
+    candidate = np.nextafter(reference, np.inf, dtype=np.float32)
+    found = Comparison().add("", reference, candidate).mean_kl
+    # For a small difference d the divergence is half the variance of d under the reference.
+    p, d = softmax(reference.astype(float), axis=-1), candidate.astype(float) - reference
+    expected = ((p * d**2).sum(-1) - (p * d).sum(-1) ** 2).mean() / 2
+    assert found == pytest.approx(expected, rel=1e-2, abs=0)
+
+
+def test_top1_counts_only_where_the_reference_has_a_winner() -> None:
+    rows = [
+        ([3.0, 1.0, 0.0], [3.0, 1.0, 0.0]),  # the winner is found
+        ([3.0, 1.0, 0.0], [1.0, 3.0, 0.0]),  # another one
+        ([3.0, 3.0 - TOP1_GAP / 2, 0.0], [0.0, 3.0, 0.0]),  # nobody wins
+        ([3.0, 3.0 - TOP1_GAP * 2, 0.0], [3.0, 3.0 - TOP1_GAP, 0.0]),  # by little, and found
+    ]
+    reference, candidate = (np.array(part) for part in zip(*rows, strict=True))
+    found = Comparison().add("", reference, candidate)
+    assert found.decided == 3
+    assert found.top1 == pytest.approx(2 / 3)
+
+
+def test_without_a_winner_anywhere_top1_is_one() -> None:
+    flat = np.zeros((4, 9))
+    found = Comparison().add("", flat + 1, flat + 1)
+    assert (found.decided, found.top1) == (0, 1.0)
+
+
+def test_equal_logits_have_no_difference() -> None:
+    reference, _ = logits(30, 0.0)
+    found = Comparison().add("", reference, reference)
+    assert (found.max_abs, found.mean_kl, found.p999_kl, found.top1) == (0.0, 0.0, 0.0, 1.0)
+    assert found.cosine == pytest.approx(1, abs=1e-15)
+
+
+def test_huge_logits_do_not_overflow() -> None:
+    reference, candidate = logits(30, 1e-3)
+    found = Comparison().add("", reference * 1e4, candidate * 1e4)
+    assert found.mean_kl == pytest.approx(kl(reference * 1e4, candidate * 1e4).mean())
+    assert math.isfinite(found.p999_kl)
+
+
+def test_a_shifted_row_is_the_same_distribution() -> None:
+    reference, _ = logits(30, 0.0)
+    assert Comparison().add("", reference.astype(float), reference.astype(float) + 7).mean_kl < 1e-28
+
+
+def test_overall_weighs_positions_and_not_cases() -> None:
+    comparison = Comparison()
+    cases = [logits(count, noise, seed=count) for count, noise in ((1, 1.0), (300, 1e-2), (40, 0.3))]
+    for i, (reference, candidate) in enumerate(cases):
+        comparison.add(f"case {i}", reference, candidate)
+    whole = Comparison().add("overall", *(np.concatenate(part) for part in zip(*cases, strict=True)))
+    assert asdict(comparison.overall()) == pytest.approx(asdict(whole))
+    assert [case.name for case in comparison.cases] == ["case 0", "case 1", "case 2"]
+
+
+def test_another_number_of_positions_is_an_error() -> None:
+    reference, candidate = logits(5, 0.1)
+    with pytest.raises(ValueError, match="zip"):
+        Comparison().add("", reference, candidate[:4])
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("side", ["reference", "candidate"])
+def test_one_value_that_is_not_finite_fails_every_gate(side: str, bad: float) -> None:
+    reference, candidate = logits(10, 1e-6)
+    (reference if side == "reference" else candidate)[3, 4] = bad
+    comparison = Comparison()
+    comparison.add("good", *logits(10, 1e-6))
+    comparison.add("bad", reference, candidate)
+    overall = comparison.overall()
+    assert not overall.finite
+    verdict = judge(overall, GATES, low_rank=SOUND)
+    assert not verdict
+    assert [gate.name for gate in verdict.failed()] == ["finite", "mean_kl", "top1", "low_rank_ratio"]
+    assert not judge(overall, Gates(mean_kl=None, top1=None, low_rank_ratio=None))
+    written = json.dumps(to_json(comparison.cases, overall), allow_nan=False)
+    figures = json.loads(written)
+    assert figures["cases"][0]["mean_kl"] == comparison.cases[0].mean_kl
+    for record in (figures["cases"][1], figures["overall"]):
+        assert record["finite"] is False
+        assert {record[key] for key in ("max_abs", "cosine", "mean_kl", "p999_kl", "top1")} == {None}
+
+
+class TestJudging:
+    def test_a_sound_difference_passes_and_is_true(self) -> None:
+        verdict = judge(SOUND, GATES, low_rank=replace(SOUND, mean_kl=5e-5))
+        assert verdict
+        assert not verdict.failed()
+        assert [gate.name for gate in verdict.gates] == ["finite", "mean_kl", "top1", "low_rank_ratio"]
+
+    @pytest.mark.parametrize(
+        ("change", "gate", "value", "limit"),
+        [
+            ({"mean_kl": 2.1e-4}, "mean_kl", 2.1e-4, 2e-4),
+            ({"top1": 0.989}, "top1", 0.989, 0.99),
+        ],
+    )
+    def test_one_figure_beyond_its_limit_fails(
+        self, change: dict[str, Any], gate: str, value: float, limit: float
+    ) -> None:
+        verdict = judge(replace(SOUND, **change), GATES)
+        assert not verdict
+        assert verdict.failed() == [GateResult(name=gate, value=value, limit=limit, passed=False)]
+
+    def test_a_figure_at_its_limit_passes(self) -> None:
+        assert judge(replace(SOUND, mean_kl=2e-4, top1=0.99), GATES, low_rank=replace(SOUND, mean_kl=5e-5))
+
+    def test_none_switches_a_gate_off(self) -> None:
+        bad = replace(SOUND, mean_kl=9.0, top1=0.0)
+        assert judge(bad, Gates(mean_kl=None, top1=None, low_rank_ratio=None), low_rank=SOUND)
+        assert not judge(bad, Gates(mean_kl=None, top1=0.1))
+        assert not judge(bad, Gates(mean_kl=1.0, top1=None))
+
+    def test_the_same_figures_are_judged_again_with_other_gates(self) -> None:
+        assert not judge(SOUND, replace(GATES, mean_kl=1e-5))
+        assert judge(SOUND, replace(GATES, mean_kl=1e-3))
+
+    @pytest.mark.parametrize(("noise", "passes"), [(2.6e-5, True), (2.4e-5, False), (0.0, False)])
+    def test_at_most_four_times_the_noise_of_low_rank_is_allowed(self, noise: float, passes: bool) -> None:
+        verdict = judge(SOUND, GATES, low_rank=replace(SOUND, mean_kl=noise))
+        assert bool(verdict) is passes
+        assert verdict.gates[-1].value == (SOUND.mean_kl / noise if noise else math.inf)
+        json.dumps([json_figures(gate) for gate in verdict.gates], allow_nan=False)
+
+    def test_no_noise_on_both_sides_is_no_ratio(self) -> None:
+        verdict = judge(replace(SOUND, mean_kl=0.0), GATES, low_rank=replace(SOUND, mean_kl=0.0))
+        assert verdict
+        assert verdict.gates[-1].value == 0.0
+
+    def test_a_model_without_low_rank_layers_has_no_ratio(self) -> None:
+        assert "low_rank_ratio" not in [gate.name for gate in judge(SOUND, GATES).gates]
+
+    def test_no_gates_pass(self) -> None:
+        assert Verdict(gates=())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("mean_kl", -1e-9, "gate mean_kl is -1e-09, expected a finite number of at least 0"),
+        ("mean_kl", math.nan, "gate mean_kl is nan"),
+        ("low_rank_ratio", math.inf, "gate low_rank_ratio is inf"),
+        ("top1", 1.01, "gate top1 is 1.01, expected a share of at most 1"),
+    ],
+)
+def test_a_limit_that_cannot_be_one_is_an_error(name: str, value: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(GATES, **{name: value})
+
+
+def test_every_dtype_has_limits_and_narrower_ones_wider_limits() -> None:
+    assert set(DEFAULT_GATES) == {"fp32", "fp16", "bf16"}
+    ordered = [DEFAULT_GATES[name] for name in ("fp32", "fp16", "bf16")]
+    assert sorted(ordered, key=lambda gates: gates.mean_kl) == ordered
+    assert sorted(ordered, key=lambda gates: -gates.top1) == ordered
