@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -167,7 +167,7 @@ def graph_from_model(model: PreTrainedModel) -> ir.Model:
             "see the traceback with --debug"
         ) from error
     assert onnx_program is not None
-    _name_after_modules(onnx_program.model, set(layers))
+    _name_after_modules(onnx_program.model, set(layers), getattr(model, "all_tied_weights_keys", None) or {})
     return onnx_program.model
 
 
@@ -215,14 +215,15 @@ def _translation(bias_inside: bool) -> Any:
     return translate
 
 
-def _name_after_modules(model: ir.Model, modules: set[str]) -> None:
-    """Names initializers as the model's parameters and PifaLinear nodes as their modules."""
+def _name_after_modules(model: ir.Model, modules: set[str], tied: Mapping[str, str]) -> None:
+    """Names initializers as the checkpoint's tensors (`tied`: alias -> stored name) and nodes as their modules."""
     prefix = f"{_WRAPPED}."
-    for name, value in list(model.graph.initializers.items()):
-        if name.startswith(prefix):
-            model.graph.initializers.pop(name)
-            value.name = name.removeprefix(prefix)
-            model.graph.initializers[value.name] = value
+    held = {name.removeprefix(prefix): name for name in model.graph.initializers if name.startswith(prefix)}
+    for parameter, name in held.items():
+        value = model.graph.initializers.pop(name)
+        stored = tied.get(parameter, parameter)
+        value.name = parameter if stored in held else stored
+        model.graph.initializers[value.name] = value
     for node in model.graph:
         if node.domain == op_spec.DOMAIN and node.inputs[1] is not None and node.inputs[1].name:
             node.name = node.inputs[1].name.removesuffix(".pivot_weight")

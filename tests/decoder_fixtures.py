@@ -152,9 +152,7 @@ def plain_step(ids: np.ndarray, past: int = 0) -> Step:
     """`ids` [batch, sequence] behind `past` cached tokens, without padding."""
     batch, count = ids.shape
     positions = np.tile(np.arange(past, past + count, dtype=np.int64), (batch, 1))
-    return Step(
-        input_ids=ids, attention_mask=np.ones((batch, past + count), dtype=np.int64), position_ids=positions
-    )
+    return Step(input_ids=ids, attention_mask=np.ones((batch, past + count), dtype=np.int64), position_ids=positions)
 
 
 def padded_step(rows: list[np.ndarray]) -> Step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -53,7 +54,15 @@ def test_a_text_of_exactly_one_window_is_that_window() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "length", "count"),
-    [(100, 10, 3), (100, 10, 10), (100, 10, 1000), (101, 10, 10), (99, 10, 10), (64, 3, 21), (50_000_003, 1000, 49_999)],
+    [
+        (100, 10, 3),
+        (100, 10, 10),
+        (100, 10, 1000),
+        (101, 10, 10),
+        (99, 10, 10),
+        (64, 3, 21),
+        (50_000_003, 1000, 49_999),
+    ],
 )
 def test_even_windows_do_not_overlap_and_span_the_text(tokens: int, length: int, count: int) -> None:
     ids = torch.arange(tokens, dtype=torch.int32)
@@ -61,7 +70,7 @@ def test_even_windows_do_not_overlap_and_span_the_text(tokens: int, length: int,
     assert len(found) == min(count, tokens // length)
     assert found[0] == 0
     assert found[-1] == tokens - length
-    gaps = {later - earlier for earlier, later in zip(found, found[1:], strict=False)}
+    gaps = {later - earlier for earlier, later in pairwise(found)}
     assert min(gaps) >= length
     assert max(gaps) - min(gaps) <= 1  # as even as integers can be
 
@@ -128,5 +137,5 @@ def test_a_token_beyond_the_vocabulary_is_refused() -> None:
 
 def test_the_packaged_texts_are_two_different_books() -> None:
     calibration, held_out = (read_texts([packaged_text(name)]) for name in (CALIBRATION_TEXT, HELD_OUT_TEXT))
-    assert min(len(calibration), len(held_out)) > 100_000
-    assert calibration[:2000] not in held_out
+    assert min(len(calibration), len(held_out)) > 50_000
+    assert not set(calibration.split("\n\n")[5:]) & set(held_out.split("\n\n"))

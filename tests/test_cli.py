@@ -6,14 +6,17 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from cli_fixtures import Outcome
 from research_fixtures import compressed, save_research, tiny_llama
@@ -48,7 +51,9 @@ def test_help_is_there_within_a_second() -> None:
     assert min(seconds) < 1.0  # the quickest of three: a busy machine is not what is judged
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)], ids=" ".join
+)
 def test_help_loads_nothing_heavy(arguments: list[str]) -> None:
     code = (
         "import json, sys; from pifa_deploy.cli.main import run; code = run(sys.argv[1:]); "
@@ -126,7 +131,7 @@ KEYS = {
 
 
 def test_every_command_but_the_demo_is_called_here() -> None:
-    assert set(KEYS) == set(COMMANDS) - {"demo"}  # the demo needs its model; it has a test of its own
+    assert set(KEYS) == set(COMMANDS) - {"demo"}  # the demo takes minutes; see below
 
 
 @pytest.mark.parametrize("command", KEYS)
@@ -158,14 +163,41 @@ def test_the_result_is_json_in_a_file_and_people_still_read_something(
 def test_a_failed_gate_is_a_result_and_exit_code_1(
     calls: dict[str, list[Any]], tmp_path: Path, pifa_deploy: Callable[..., Outcome]
 ) -> None:
-    outcome = pifa_deploy("verify", *calls["verify"], "--gate-mean-kl", -1, "--json", tmp_path / "result.json")
+    wrong = Path(shutil.copytree(calls["verify"][0], tmp_path / "wrong"))
+    weights = np.fromfile(wrong / "model.onnx.data", np.float32)
+    weights[::-1].tofile(wrong / "model.onnx.data")  # well-formed, and another model
+    outcome = pifa_deploy("verify", wrong, *calls["verify"][1:], "--json", tmp_path / "result.json")
     assert outcome.code == ExitCode.GATE_FAILED
     assert outcome.errors == []
-    assert "FAILED mean" in outcome.err
+    assert "FAILED mean" in outcome.err.replace("_", " ")
     assert "does NOT equal" in outcome.out
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["passed"] is False
-    assert [gate["passed"] for gate in result["decisions"]].count(False) == 1
+    assert not all(gate["passed"] for gate in result["decisions"])
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_the_demo_gives_its_report_as_json_and_its_verdict_as_exit_code(
+    passed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pifa_deploy: Callable[..., Outcome]
+) -> None:
+    report = SimpleNamespace(passed=passed, texts={"a": "b"}, rows=(), lines=("c",), to_json=lambda: {"passed": passed})
+    asked = []
+    monkeypatch.setattr("pifa_deploy.demo.run_demo", lambda out, options, stage: asked.append((out, options)) or report)
+    outcome = pifa_deploy("demo", tmp_path / "out", "--density", 0.6, "--json", "-")
+    assert outcome.code == (ExitCode.PASSED if passed else ExitCode.GATE_FAILED)
+    assert json.loads(outcome.out) == {"passed": passed}
+    assert [(out, options.density, options.force) for out, options in asked] == [(tmp_path / "out", 0.6, False)]
+
+
+def test_an_error_that_nobody_foresaw_is_one_line_too(
+    dense: Path, monkeypatch: pytest.MonkeyPatch, pifa_deploy: Callable[..., Outcome]
+) -> None:
+    def fail(path: Path) -> None:
+        raise RuntimeError("first line\n  second line")
+
+    monkeypatch.setattr("pifa_deploy.inspection.inspect_path", fail)
+    expected = r"^error: RuntimeError: first line second line \(--debug shows the traceback\)$"
+    pifa_deploy("inspect", dense).failed(ExitCode.STAGE_FAILED, expected)
 
 
 def test_the_evaluation_table_and_its_json_agree(

@@ -142,7 +142,9 @@ def test_moments_are_those_of_each_layers_own_inputs(kind: str) -> None:
         assert moment.dtype == torch.float64
         # A float32 sum of n products is off by at most n * eps * sum |products|.
         tokens = 3 * WINDOWS.sequence_length
-        bound = tokens * np.finfo(np.float32).eps * np.sqrt(np.outer(expected[name].diagonal(), expected[name].diagonal()))
+        bound = (
+            tokens * np.finfo(np.float32).eps * np.sqrt(np.outer(expected[name].diagonal(), expected[name].diagonal()))
+        )
         assert (np.abs(moment.numpy() - expected[name]) <= bound).all(), name
 
 
@@ -199,10 +201,16 @@ def whitened(calibration: Path, **changes: Any) -> CompressOptions:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
 @pytest.mark.parametrize("format_", ["pifa", "lowrank"])
-def test_a_compressed_model_holds_what_was_asked_for(kind: str, format_: str, calibration: Path, tmp_path: Path) -> None:
+def test_a_compressed_model_holds_what_was_asked_for(
+    kind: str, format_: str, calibration: Path, tmp_path: Path
+) -> None:
     source = save_dense(tmp_path / "dense", kind)
     summary = compress_model(source, tmp_path / "out", whitened(calibration, format=format_))
-    record, dense, stored = validate(tmp_path / "out"), small_model(kind), load_file(tmp_path / "out" / "model.safetensors")
+    record, dense, stored = (
+        validate(tmp_path / "out"),
+        small_model(kind),
+        load_file(tmp_path / "out" / "model.safetensors"),
+    )
     targets = target_layers(dense, kind)
     assert record.modules.keys() == targets.keys()
     assert "lm_head" not in record.modules

@@ -62,9 +62,7 @@ def reference(model: Any, tokenizer: Any, prompt: str, tokens: int) -> str:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_the_onnx_folder_says_what_transformers_says(
-    prompt: str, runner: OnnxRuntimeRunner, checkpoint: Path
-) -> None:
+def test_the_onnx_folder_says_what_transformers_says(prompt: str, runner: OnnxRuntimeRunner, checkpoint: Path) -> None:
     model, tokenizer = load_model(checkpoint, dtype=torch.float32), plain_tokenizer()
     found = generate(runner, tokenizer, prompt, max_new_tokens=24)
     assert found == reference(model, tokenizer, prompt, 24)

@@ -13,7 +13,7 @@ from pifa_deploy.compression.truncation import truncated_svd
 from pifa_deploy.errors import MissingCapabilityError
 from pifa_deploy.factorization import factors_from_low_rank, rank_for_density
 
-LAYERS = (0, 15, 29)
+LAYERS = (0, 29)
 PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 BOUNDS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
@@ -42,11 +42,16 @@ def weights(model_file):
     }
 
 
+@pytest.fixture(scope="module")
+def pairs(weights):
+    return {
+        name: truncated_svd(weight, rank_for_density(*weight.shape, density=0.5)) for name, weight in weights.items()
+    }
+
+
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("density", [0.5, 0.7])
-def test_factors_of_real_weights_stay_within_the_bound_of_their_dtype(weights, density, dtype):
-    for name, weight in weights.items():
-        u, v = truncated_svd(weight, rank_for_density(*weight.shape, density))
+def test_factors_of_real_weights_stay_within_the_bound_of_their_dtype(pairs, dtype):
+    for name, (u, v) in pairs.items():
         factors = factors_from_low_rank(u, v, dtype=dtype)
         truth = u @ v
         rows = torch.empty_like(truth)

@@ -46,7 +46,9 @@ def onnx_folder(decoder: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["torch", "onnxruntime"])
 def runner(request: pytest.FixtureRequest, decoder: Any, onnx_folder: Path) -> Any:
-    return TorchRunner(decoder[1]) if request.param == "torch" else OnnxRuntimeRunner(open_folder(onnx_folder), threads=1)
+    return (
+        TorchRunner(decoder[1]) if request.param == "torch" else OnnxRuntimeRunner(open_folder(onnx_folder), threads=1)
+    )
 
 
 def tokens(*shape: int, seed: int = 0) -> np.ndarray:

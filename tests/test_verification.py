@@ -75,9 +75,7 @@ def options_with(folder: Path, *, seed: int = 0, count: int = TOKENS, **changes:
 class TestCleanExport:
     @pytest.mark.parametrize("flag", FLAGS)
     @pytest.mark.parametrize("seed", range(5))
-    def test_passes_on_any_text(
-        self, seed: int, flag: str, exported: Any, checkpoint: Path, tmp_path: Path
-    ) -> None:
+    def test_passes_on_any_text(self, seed: int, flag: str, exported: Any, checkpoint: Path, tmp_path: Path) -> None:
         report = verify_folder(exported(flag), checkpoint, options_with(tmp_path, seed=seed))
         assert report, report.verdict.failed()
         assert [gate.name for gate in report.verdict.gates] == ["finite", "mean_kl", "top1", "low_rank_ratio"]
@@ -262,9 +260,10 @@ class TestSeededFaults:
         self, flag: str, exported: Any, checkpoint: Path, options: VerifyOptions, tmp_path: Path
     ) -> None:
         same = edited(exported(flag), tmp_path / "same", lambda model: None)
-        assert verify_folder(same, checkpoint, options).to_json() == verify_folder(
-            exported(flag), checkpoint, options
-        ).to_json()
+        assert (
+            verify_folder(same, checkpoint, options).to_json()
+            == verify_folder(exported(flag), checkpoint, options).to_json()
+        )
 
     def test_a_logit_that_is_not_finite_fails_every_gate(
         self, exported: Any, checkpoint: Path, options: VerifyOptions, tmp_path: Path
@@ -286,7 +285,9 @@ class TestRefusals:
         data = bytearray((tmp_path / "other" / "model.safetensors").read_bytes())
         data[-1] ^= 1
         (tmp_path / "other" / "model.safetensors").write_bytes(data)
-        message = rf"{re.escape(str(exported('fp32') / 'pifa.json'))}: was exported from a checkpoint with hash [0-9a-f]"
+        message = (
+            rf"{re.escape(str(exported('fp32') / 'pifa.json'))}: was exported from a checkpoint with hash [0-9a-f]"
+        )
         with pytest.raises(InputRefusedError, match=message) as info:
             verify_folder(exported("fp32"), tmp_path / "other", options)
         assert info.value.exit_code == ExitCode.INPUT_REFUSED

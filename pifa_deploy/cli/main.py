@@ -6,8 +6,11 @@ import importlib
 import os
 import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import click
@@ -74,7 +77,8 @@ def run(arguments: Sequence[str]) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        code: Any = cli.main(list(arguments), prog_name="pifa-deploy", standalone_mode=False)
+        with _interrupts_noticed():
+            code: Any = cli.main(list(arguments), prog_name="pifa-deploy", standalone_mode=False)
         return int(code or 0)
     except click.exceptions.Exit as stop:
         return stop.exit_code
@@ -95,6 +99,30 @@ def run(arguments: Sequence[str]) -> int:
         return 128 + signal.SIGPIPE
     except Exception as error:
         return _failed(f"{type(error).__name__}: {error}", ExitCode.STAGE_FAILED, debug)
+
+
+@contextmanager
+def _interrupts_noticed() -> Iterator[None]:
+    """Raises KeyboardInterrupt for any error after Ctrl-C: an import that it cut short fails in other ways."""
+    came: list[int] = []
+
+    def notice(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    ours = threading.current_thread() is threading.main_thread()
+    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, notice)
+    try:
+        yield
+    except Exception as error:
+        if came:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _failed(message: str, code: int, debug: bool) -> int:
