@@ -17,8 +17,8 @@ _HOME = {
     "PivotFactors": "factorization",
     "factors_from_weight": "factorization",
     "factors_from_low_rank": "factorization",
-    "rank_for_density": "factorization",
-    "density_for_rank": "factorization",
+    "rank_for_density": "density",
+    "density_for_rank": "density",
     "PifaLinear": "linear",
     "validate": "checkpoint",
 }

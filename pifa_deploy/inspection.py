@@ -18,9 +18,9 @@ from pifa_deploy.checkpoint import (
     tensor_files,
     validate,
 )
+from pifa_deploy.density import density_for_rank
 from pifa_deploy.engine_record import ENGINE_JSON, EngineRecord, read_engine_json
 from pifa_deploy.errors import InputMissingError, InputRefusedError
-from pifa_deploy.factorization import density_for_rank
 from pifa_deploy.onnx_folder import MANIFEST_FILE, MODEL_FILE, OnnxFolder, open_folder
 
 

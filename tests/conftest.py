@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import pifa_deploy  # noqa: F401 - registers the checkpoint format with transformers
-from pifa_deploy.factorization import factors_from_weight, rank_for_density
+from pifa_deploy.density import rank_for_density
+from pifa_deploy.factorization import factors_from_weight
 from pifa_deploy.linear import LowRankLinear, PifaLinear
 
 TINY = {

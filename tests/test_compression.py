@@ -20,8 +20,8 @@ from pifa_deploy.checkpoint import validate
 from pifa_deploy.compression import CompressOptions, compress_model, target_layers
 from pifa_deploy.compression.statistics import input_moments
 from pifa_deploy.compression.truncation import truncated_svd, whitened_svd
+from pifa_deploy.density import low_rank_rank_for_density, rank_for_density
 from pifa_deploy.errors import FactorizationError, InputRefusedError, StageFailedError
-from pifa_deploy.factorization import low_rank_rank_for_density, rank_for_density
 from pifa_deploy.linear import LowRankLinear, PifaLinear
 from pifa_deploy.model_folder import load_model, load_tokenizer
 

@@ -11,6 +11,7 @@ import pytest
 import scipy.linalg
 import torch
 
+from pifa_deploy.density import density_for_rank, low_rank_rank_for_density, parameter_count, rank_for_density
 from pifa_deploy.errors import ExitCode, FactorizationError
 from pifa_deploy.factorization import (
     MAX_COEFFICIENT,
@@ -19,13 +20,9 @@ from pifa_deploy.factorization import (
     LossyFactorizationWarning,
     PivotFactors,
     assembled_factors,
-    density_for_rank,
     factors_from_low_rank,
     factors_from_weight,
-    low_rank_rank_for_density,
     output_index,
-    parameter_count,
-    rank_for_density,
     rounded_rank,
 )
 

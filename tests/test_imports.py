@@ -19,6 +19,7 @@ ORDER = [
     "errors",
     "op_spec",
     "output_folder",
+    "density",
     "factorization",
     "linear",
     "checkpoint",

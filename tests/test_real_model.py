@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from pifa_deploy.compression.truncation import truncated_svd
+from pifa_deploy.density import rank_for_density
 from pifa_deploy.errors import MissingCapabilityError
-from pifa_deploy.factorization import factors_from_low_rank, rank_for_density
+from pifa_deploy.factorization import factors_from_low_rank
 
 LAYERS = (0, 29)
 PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")

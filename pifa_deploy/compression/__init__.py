@@ -17,8 +17,9 @@ from pifa_deploy.calibration import CalibrationOptions, random_windows, read_tex
 from pifa_deploy.checkpoint import FORMATS, validate
 from pifa_deploy.compression.statistics import input_moments
 from pifa_deploy.compression.truncation import truncated_svd, whitened_svd
+from pifa_deploy.density import low_rank_rank_for_density, rank_for_density
 from pifa_deploy.errors import FactorizationError, InputRefusedError
-from pifa_deploy.factorization import factors_from_low_rank, low_rank_rank_for_density, rank_for_density
+from pifa_deploy.factorization import factors_from_low_rank
 from pifa_deploy.linear import LowRankLinear, PifaLinear
 from pifa_deploy.model_folder import load_model, load_tokenizer, save_tokenizer, torch_dtype
 from pifa_deploy.output_folder import new_folder
