@@ -86,6 +86,11 @@ def open_folder(path: Path | str) -> OnnxFolder:
     _check_external_data(model, folder)
     _check_nodes(model, file)
     manifest = _read_manifest(folder / MANIFEST_FILE)
+    found = cache_dtype(model)
+    if manifest and found and manifest["dtype"] != found:
+        raise InputRefusedError(
+            f"{folder / MANIFEST_FILE}: dtype is {manifest['dtype']!r}, the graph's cache is {found}; export again"
+        )
     return OnnxFolder(path=folder, model=model, manifest=manifest)
 
 
@@ -106,6 +111,19 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     if not isinstance(manifest.get("source_sha256"), (str, type(None))):
         raise InputRefusedError(f"{file}: source_sha256 is {manifest['source_sha256']!r}, expected text or null")
     return manifest
+
+
+def cache_dtype(model: onnx.ModelProto) -> str | None:
+    """Returns the dtype of the graph's key-value cache as the export flag says it, None without a cache."""
+    flags = {
+        onnx.TensorProto.FLOAT: "fp32",
+        onnx.TensorProto.FLOAT16: "fp16",
+        onnx.TensorProto.BFLOAT16: "bf16",
+    }
+    for value in model.graph.input:
+        if value.name.startswith("past_key_values."):
+            return flags.get(value.type.tensor_type.elem_type, "unknown")
+    return None
 
 
 def external_files(model: onnx.ModelProto) -> list[str]:

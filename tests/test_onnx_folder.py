@@ -328,3 +328,12 @@ class TestManifest:
     def test_an_empty_object_is_refused(self, folder: Path) -> None:
         (folder / "pifa.json").write_text("{}")
         refused(folder, str(folder / "pifa.json"), "schema is None")
+
+
+def test_a_manifest_of_another_dtype_than_the_graph_is_refused(folder: Path) -> None:
+    def add_cache(model: onnx.ModelProto) -> None:
+        shape = ["batch_size", 2, "past_sequence_length", 8]
+        model.graph.input.append(helper.make_tensor_value_info("past_key_values.0.key", TensorProto.FLOAT16, shape))
+
+    change(folder, add_cache)
+    refused(folder, "pifa.json", "'fp32'", "fp16")
