@@ -21,7 +21,7 @@ from pifa_deploy.op_spec import DTYPE_FLAGS
 
 HUB_PREFIX = "hf:"
 _GGUF_MAGIC = b"GGUF"
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -30,6 +30,7 @@ _TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
 )
 
@@ -100,7 +101,7 @@ def save_tokenizer(source: Path | str, target: Path) -> bool:
     if isinstance(place, str) or "gguf_file" in options:
         load_tokenizer(source).save_pretrained(target)
         return True
-    found = [place / name for name in _TOKENIZER_FILES if (place / name).is_file()]
+    found = [place / name for name in TOKENIZER_FILES if (place / name).is_file()]
     for file in found:
         shutil.copyfile(file, target / file.name)
     return any(file.name != "generation_config.json" for file in found)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pifa_deploy.errors import InputMissingError
+from pifa_deploy.op_spec import DTYPE_FLAGS
 
-__all__ = ["DTYPES", "ImportOptions", "ImportSummary", "import_checkpoint"]
+__all__ = ["ImportOptions", "ImportSummary", "import_checkpoint"]
 
-DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 RESEARCH, LOW_RANK = "pifa-research", "low-rank"
 
 
@@ -28,8 +28,8 @@ class ImportOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for an unknown dtype."""
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPES)}")
+        if self.dtype is not None and self.dtype not in DTYPE_FLAGS:
+            raise ValueError(f"dtype is {self.dtype!r}, expected one of {', '.join(DTYPE_FLAGS)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,5 +117,5 @@ def _read(source: Path, kind: str, options: ImportOptions) -> Any:
     from pifa_deploy.importers.low_rank import read_low_rank
     from pifa_deploy.importers.research import read_research
 
-    dtype = None if options.dtype is None else getattr(torch, DTYPES[options.dtype])
+    dtype = None if options.dtype is None else getattr(torch, DTYPE_FLAGS[options.dtype])
     return read_research(source, dtype) if kind == RESEARCH else read_low_rank(source, dtype)

@@ -26,23 +26,12 @@ from pifa_deploy.checkpoint import is_checkpoint, read_config, tensor_files
 from pifa_deploy.errors import FactorizationError, InputRefusedError
 from pifa_deploy.factorization import WARN_COEFFICIENT, factors_from_low_rank
 from pifa_deploy.importers.assembly import ImportedModel, chosen_dtype, fill, linear_at, place, read_finite, skeleton
+from pifa_deploy.model_folder import TOKENIZER_FILES
 
 # `layer` is the module path, or all of it but its end `_proj`; the side is only a label to pair by.
 _SUFFIXED = re.compile(r"(?P<layer>.+)_(?P<side>u|v)_proj\.(?P<what>weight|bias)")
 _CHILD = re.compile(
     r"(?P<layer>.+)\.(?P<side>[AB]Linear|[UVuv]|(?:low_rank|lowrank|svd)_[UVuv]|[UVuv]_proj)(?:\.(?P<what>weight|bias))?"
-)
-_COPIED = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
 )
 _DTYPES = {
     "F64": torch.float64,
@@ -112,7 +101,7 @@ def read_low_rank(folder: Path, dtype: torch.dtype | None) -> ImportedModel:
     fill(model, rest, dtype=chosen, where=where, notes=notes)
     if largest > WARN_COEFFICIENT:
         notes.append(f"max |C| is {largest:.3g}, above {WARN_COEFFICIENT:g}: expect larger rounding errors")
-    files = {name: (folder / name).read_bytes() for name in _COPIED if (folder / name).is_file()}
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
     if not {"tokenizer.json", "tokenizer.model", "vocab.json"} & files.keys():
         notes.append("no tokenizer came along; copy the tokenizer files of the original model into the folder")
     return ImportedModel(model=model, dtype=chosen, max_coefficient=largest, notes=notes, files=files)
