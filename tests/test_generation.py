@@ -82,6 +82,11 @@ def test_a_chat_template_wraps_the_prompt(runner: OnnxRuntimeRunner, onnx_folder
     assert generate(runner, tokenizer, "Who is Emma?", max_new_tokens=10) == by_hand
 
 
+def test_without_chat_the_prompt_is_continued_as_it_is(runner: OnnxRuntimeRunner, onnx_folder: Path) -> None:
+    continued = generate(runner, load_tokenizer(onnx_folder), "Emma was", max_new_tokens=10, chat=False)
+    assert continued == generate(runner, plain_tokenizer(), "Emma was", max_new_tokens=10)
+
+
 def test_it_stops_at_the_end_of_text_token_and_leaves_it_out() -> None:
     tokenizer = plain_tokenizer()
     word = tokenizer("E", add_special_tokens=False).input_ids[0]

@@ -99,9 +99,10 @@ def evaluate_command(
 @click.argument("onnx", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True)
 @click.option("--max-new-tokens", type=int, default=64, show_default=True)
+@click.option("--chat/--no-chat", default=True, show_default=True, help="Use the chat template, where there is one.")
 @console.json_option
-def generate_command(onnx: Path, prompt: str, max_new_tokens: int, json_path: Path | None) -> None:
-    """Continue a prompt greedily with an ONNX folder in ONNX Runtime."""
+def generate_command(onnx: Path, prompt: str, max_new_tokens: int, chat: bool, json_path: Path | None) -> None:
+    """Answer or continue a prompt greedily with an ONNX folder in ONNX Runtime."""
     from pifa_deploy.generation import generate
     from pifa_deploy.model_folder import load_tokenizer
     from pifa_deploy.onnx_folder import open_folder
@@ -109,7 +110,9 @@ def generate_command(onnx: Path, prompt: str, max_new_tokens: int, json_path: Pa
 
     folder = open_folder(onnx)
     with console.stage(f"generate with {onnx}"):
-        text = generate(OnnxRuntimeRunner(folder), load_tokenizer(folder.path), prompt, max_new_tokens=max_new_tokens)
+        text = generate(
+            OnnxRuntimeRunner(folder), load_tokenizer(folder.path), prompt, max_new_tokens=max_new_tokens, chat=chat
+        )
     console.result({"prompt": prompt, "text": text}, json_path)
     if str(json_path) != "-":
         click.echo(text)

