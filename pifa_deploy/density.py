@@ -11,12 +11,15 @@ def parameter_count(out_features: int, in_features: int, rank: int) -> int:
 
 
 def density_for_rank(out_features: int, in_features: int, rank: int) -> float:
-    """Returns the size of PIFA factors of this rank relative to the dense matrix."""
+    """Returns the numbers in PIFA factors of this rank relative to those of the dense matrix."""
     return parameter_count(out_features, in_features, rank) / (out_features * in_features)
 
 
 def rank_for_density(out_features: int, in_features: int, density: float, *, multiple: int = 1) -> int:
-    """Returns the largest rank whose PIFA factors take at most `density` of the dense size.
+    """Returns the largest rank whose PIFA factors and pivot rows take at most `density` of the dense size.
+
+    The paper's formula (Eq. 6): it budgets one number for each pivot row index too, which `density_for_rank`
+    does not count, so that rank_for_density(density_for_rank(r)) can be r - 1.
 
     Args:
         out_features: m.
@@ -29,7 +32,7 @@ def rank_for_density(out_features: int, in_features: int, density: float, *, mul
     """
     if not 0.0 < density <= 1.0:
         raise ValueError(f"density is {density}, expected 0 < density <= 1")
-    # The paper counts the r pivot indices too (Eq. 6), hence the + 1.
+    # The r pivot row indices are the + 1.
     total = out_features + in_features + 1
     discriminant = total * total - 4 * math.floor(density * out_features * in_features)
     # floor((total - sqrt(discriminant)) / 2) in integers: a float square root is off by one near squares.

@@ -11,7 +11,6 @@ this is how (U, V) is pivoted in O(m r^2) without forming U @ V.
 
 from __future__ import annotations
 
-import math
 import operator
 import warnings
 from dataclasses import dataclass
@@ -19,38 +18,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pifa_deploy.errors import FactorizationError
+from pifa_deploy.conditioning import Conditioning, checked_largest, relative_error
 
-WARN_COEFFICIENT = 4.0
-MAX_COEFFICIENT = 1e3
 _OVERSAMPLING = 16
 # What sums over thousands of float64 terms leave behind; rounding to a narrower dtype hides it.
 _ARITHMETIC_ERROR = 1e-12
 
 
-class ConditioningWarning(UserWarning):
-    """Some coefficient is large: rounding errors of the pivot outputs are amplified by about that much."""
+class RankRoundingWarning(UserWarning):
+    """The factors have another rank than was asked for, because of a rank multiple."""
 
 
 class LossyFactorizationWarning(UserWarning):
     """The matrix has a higher numerical rank than the factors, so they only approximate it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Conditioning:
-    """How well a factorisation keeps its matrix.
-
-    Attributes:
-        max_coefficient: largest |C| entry; 0 when C is empty.
-        max_row_norm: largest Euclidean norm of a row of C.
-        rms_row_norm: root mean square of those norms; the factor by which rounding noise of y_p grows.
-        relative_error: ||W - W'||_F / ||W||_F with W' rebuilt in float64 from the factors as stored.
-    """
-
-    max_coefficient: float
-    max_row_norm: float
-    rms_row_norm: float
-    relative_error: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +98,7 @@ def factors_from_weight(
         FactorizationError: some |C| exceeds `MAX_COEFFICIENT`.
 
     Warns:
+        RankRoundingWarning: `rank_multiple` changed the rank.
         LossyFactorizationWarning: `weight` is not of that rank; `conditioning.relative_error` says by how much.
         ConditioningWarning: some |C| exceeds `WARN_COEFFICIENT`.
     """
@@ -125,7 +106,8 @@ def factors_from_weight(
     matrix = _checked_matrix(weight, "weight")
     rank = rounded_rank(rank, rank_multiple, matrix.shape)
     sketch = _row_space(matrix, rank)
-    factors = _pivot(matrix if sketch is None else matrix @ sketch, matrix, rank, stored)
+    pivots, coefficients = _pivot(matrix if sketch is None else matrix @ sketch, rank)
+    factors = assembled_factors(matrix[pivots].to(stored), coefficients.to(stored), pivots.int(), matrix)
     # A matrix that was itself rounded to its dtype is only that close to low rank.
     if _is_lossy(factors.conditioning, max(torch.finfo(weight.dtype).eps, torch.finfo(stored).eps)):
         warnings.warn(
@@ -145,7 +127,7 @@ def factors_from_low_rank(
     dtype: torch.dtype | None = None,
     rank_multiple: int = 1,
 ) -> PivotFactors:
-    """Factorises U @ V at cost O(m r^2 + n r^2 + r m n), the last term for the pivot rows and the error only.
+    """Factorises U @ V at cost O((m + n) k^2); of the product only the r pivot rows are formed.
 
     Args:
         u: U [m, k], float.
@@ -166,8 +148,11 @@ def factors_from_low_rank(
     inner = min(left.shape[1], *shape)
     rank = rounded_rank(inner if rank is None else rank, rank_multiple, shape)
     # V^T = Q T with orthonormal Q, so U V = (U T^T) Q^T and pivoting U T^T chooses as pivoting U V does.
-    triangle = torch.linalg.qr(right.T, mode="r").R
-    factors = _pivot(left @ triangle.T, left @ right, rank, stored)
+    basis, triangle = torch.linalg.qr(right.T)
+    reduced = left @ triangle.T
+    pivots, coefficients = _pivot(reduced, rank)
+    pivot_weight = (left[pivots] @ right).to(stored)
+    factors = assembled_factors(pivot_weight, coefficients.to(stored), pivots.int(), reduced, basis)
     if rank < inner and _is_lossy(factors.conditioning, torch.finfo(stored).eps):
         warnings.warn(
             f"rank {rank} is below the rank {inner} of (u, v): the factors are off by "
@@ -179,7 +164,7 @@ def factors_from_low_rank(
 
 
 def rounded_rank(rank: int, multiple: int, shape: torch.Size) -> int:
-    """Returns `rank` raised to a multiple of `multiple`, at most min(shape).
+    """Returns `rank` raised to a multiple of `multiple`, at most min(shape), and warns when that changes it.
 
     Raises:
         ValueError: `rank` is not within 1 .. min(shape) or `multiple` is below 1.
@@ -191,7 +176,10 @@ def rounded_rank(rank: int, multiple: int, shape: torch.Size) -> int:
         raise ValueError(f"rank is {rank}, expected 1 <= rank <= {limit} for a {shape[0]} x {shape[1]} matrix")
     if multiple < 1:
         raise ValueError(f"rank multiple is {multiple}, expected at least 1")
-    return min(-(-rank // multiple) * multiple, limit)
+    rounded = min(-(-rank // multiple) * multiple, limit)
+    if rounded != rank:
+        warnings.warn(f"rank {rank} became {rounded}, multiple {multiple}", RankRoundingWarning, stacklevel=3)
+    return rounded
 
 
 def _is_lossy(conditioning: Conditioning, eps: float) -> bool:
@@ -227,56 +215,48 @@ def _row_space(matrix: torch.Tensor, rank: int) -> torch.Tensor | None:
     return space
 
 
-def _pivot(reduced: torch.Tensor, matrix: torch.Tensor, rank: int, dtype: torch.dtype) -> PivotFactors:
-    """Pivots the rows of `reduced` [m, k], which has the row inner products of `matrix` [m, n]."""
+def _pivot(reduced: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Chooses pivot rows of W by any `reduced` [m, k] float64 with the row inner products of W.
+
+    Returns:
+        Pivot rows int64 [r], ascending, and C [m - r, r] float64, its rows in ascending order of the others.
+    """
     from scipy.linalg import qr, solve_triangular
 
     triangle, order = qr(reduced.numpy().T, mode="r", pivoting=True, check_finite=False)
     diagonal = np.abs(np.diagonal(triangle))
-    tiny = np.finfo(np.float64).eps * max(matrix.shape)
+    tiny = np.finfo(np.float64).eps * max(reduced.shape)
     # Pivots beyond the numerical rank add nothing: their coefficients are zero, not noise over noise.
     solid = int(np.count_nonzero(diagonal[:rank] > tiny * diagonal[0]))
     solved = np.zeros((rank, len(order) - rank))
     if solid:
         solved[:solid] = solve_triangular(triangle[:solid, :solid], triangle[:solid, rank:], check_finite=False)
-    coefficients = torch.from_numpy(solved.T.copy())
     pivots, others = torch.from_numpy(order[:rank].copy()).long(), torch.from_numpy(order[rank:].copy()).long()
     by_pivot, by_other = torch.argsort(pivots), torch.argsort(others)
-    pivots = pivots[by_pivot]
-    coefficients = coefficients[by_other][:, by_pivot]
-    return assembled_factors(matrix[pivots].to(dtype), coefficients.to(dtype), pivots.to(torch.int32), matrix)
+    return pivots[by_pivot], torch.from_numpy(solved.T.copy())[by_other][:, by_pivot]
 
 
 def assembled_factors(
-    pivot_weight: torch.Tensor, coefficients: torch.Tensor, pivot_rows: torch.Tensor, truth: torch.Tensor
+    pivot_weight: torch.Tensor,
+    coefficients: torch.Tensor,
+    pivot_rows: torch.Tensor,
+    truth: torch.Tensor,
+    basis: torch.Tensor | None = None,
 ) -> PivotFactors:
-    """Judges stored factors against `truth` [m, n] and returns them with their conditioning.
+    """Judges stored factors against W and returns them with their conditioning.
+
+    Args:
+        pivot_weight: W_p [r, n] as stored.
+        coefficients: C [m - r, r] as stored.
+        pivot_rows: int32 [r], ascending.
+        truth: W [m, n]; with `basis` [m, k] such that W = truth @ basis.T.
+        basis: [n, k] with orthonormal columns.
 
     Raises:
         FactorizationError: some |C| exceeds `MAX_COEFFICIENT`, or a factor overflowed its dtype.
     """
-    largest = float(coefficients.abs().max()) if coefficients.numel() else 0.0
-    # `not <=` also catches NaN.
-    if not largest <= MAX_COEFFICIENT or not bool(torch.isfinite(pivot_weight).all()):
-        raise FactorizationError(
-            f"a {truth.shape[0]} x {truth.shape[1]} matrix has no usable pivot factors in {pivot_weight.dtype}: "
-            f"max |C| is {largest:.3g}, expected at most {MAX_COEFFICIENT:g}; use another rank or a wider dtype"
-        )
-    if largest > WARN_COEFFICIENT:
-        warnings.warn(
-            f"max |C| of a {truth.shape[0]} x {truth.shape[1]} matrix is {largest:.3g}, above {WARN_COEFFICIENT:g}: "
-            "expect larger rounding errors",
-            ConditioningWarning,
-            stacklevel=4,
-        )
-    exact_w, exact_c, exact_truth = pivot_weight.double(), coefficients.double(), truth.double()
-    is_other = torch.ones(len(truth), dtype=torch.bool)
-    is_other[pivot_rows.long()] = False
-    miss = (exact_truth[~is_other] - exact_w).square().sum() + (
-        exact_truth[is_other] - exact_c @ exact_w
-    ).square().sum()
-    scale = float(exact_truth.square().sum())
-    norms = exact_c.norm(dim=1) if exact_c.numel() else torch.zeros(1, dtype=torch.float64)
+    largest = checked_largest(pivot_weight, coefficients)
+    norms = coefficients.double().norm(dim=1) if coefficients.numel() else torch.zeros(1, dtype=torch.float64)
     return PivotFactors(
         pivot_weight=pivot_weight,
         coefficients=coefficients,
@@ -285,6 +265,6 @@ def assembled_factors(
             max_coefficient=largest,
             max_row_norm=float(norms.max()),
             rms_row_norm=float(norms.square().mean().sqrt()),
-            relative_error=math.sqrt(float(miss) / scale) if scale else float(miss) ** 0.5,
+            relative_error=relative_error(pivot_weight, coefficients, pivot_rows, truth, basis),
         ),
     )

@@ -11,12 +11,10 @@ import pytest
 import scipy.linalg
 import torch
 
+from pifa_deploy.conditioning import MAX_COEFFICIENT, WARN_COEFFICIENT, ConditioningWarning
 from pifa_deploy.density import density_for_rank, low_rank_rank_for_density, parameter_count, rank_for_density
 from pifa_deploy.errors import ExitCode, FactorizationError
 from pifa_deploy.factorization import (
-    MAX_COEFFICIENT,
-    WARN_COEFFICIENT,
-    ConditioningWarning,
     LossyFactorizationWarning,
     PivotFactors,
     assembled_factors,

@@ -23,8 +23,11 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from pifa_deploy.checkpoint import is_checkpoint, read_config, tensor_files
+from pifa_deploy.conditioning import WARN_COEFFICIENT
 from pifa_deploy.errors import FactorizationError, InputRefusedError
-from pifa_deploy.factorization import WARN_COEFFICIENT, factors_from_low_rank
+from pifa_deploy.factorization import (
+    factors_from_low_rank,
+)
 from pifa_deploy.importers.assembly import ImportedModel, chosen_dtype, fill, linear_at, place, read_finite, skeleton
 from pifa_deploy.model_folder import TOKENIZER_FILES
 

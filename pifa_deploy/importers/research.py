@@ -17,11 +17,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from pifa_deploy.conditioning import MAX_COEFFICIENT, WARN_COEFFICIENT, Conditioning
 from pifa_deploy.errors import FactorizationError, InputRefusedError
 from pifa_deploy.factorization import (
-    MAX_COEFFICIENT,
-    WARN_COEFFICIENT,
-    Conditioning,
     PivotFactors,
     factors_from_low_rank,
 )
