@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 from pifa_deploy import op_spec
-from pifa_deploy.errors import ExportError
+from pifa_deploy.errors import ExportError, first_line
 from pifa_deploy.linear import PifaLinear
 from pifa_deploy.onnx_passes import OPSET, op_schema
 
@@ -52,7 +52,9 @@ def attention(
         [batch, sequence, heads, head_dim] and None, as transformers expects of an attention function.
     """
     groups = query.shape[1] // key.shape[1]
-    scores = query @ _repeated(key, groups).transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    # Scaled before the product: large queries and keys would overflow float16 behind it.
+    query = query * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = query @ _repeated(key, groups).transpose(2, 3)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if attention_mask is not None:
@@ -163,8 +165,7 @@ def graph_from_model(model: PreTrainedModel) -> ir.Model:
             )
     except Exception as error:
         raise ExportError(
-            f"{type(model).__name__} could not be traced for ONNX: {str(error).strip().splitlines()[0][:300]}; "
-            "see the traceback with --debug"
+            f"{type(model).__name__} could not be traced for ONNX: {first_line(error)}; see the traceback with --debug"
         ) from error
     assert onnx_program is not None
     _name_after_modules(onnx_program.model, set(layers), getattr(model, "all_tied_weights_keys", None) or {})

@@ -21,6 +21,7 @@ from pifa_deploy.calibration import (
     token_ids,
 )
 from pifa_deploy.compression import CompressOptions, compress_model
+from pifa_deploy.doctor import diagnose
 from pifa_deploy.engine import BuildOptions, build_engines
 from pifa_deploy.errors import MissingCapabilityError
 from pifa_deploy.evaluation import perplexity
@@ -93,7 +94,7 @@ class DemoReport:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the report as JSON values."""
-        return asdict(self)
+        return {"schema": 1, "artefact": "demo", **asdict(self)}
 
 
 def find_model() -> Path:
@@ -123,16 +124,9 @@ def run_demo(out: Path | str, options: DemoOptions, stage: Stage) -> DemoReport:
         Whatever the stages raise.
     """
     model = find_model()
+    _require_stages()
     with new_folder(out, force=options.force) as folder:
-        with stage("load the model from GGUF"):
-            _save_dense(model, folder / "dense")
-        for variant in VARIANTS[1:]:
-            with stage(f"compress to {variant}, whitened, density {options.density}"):
-                _compress(folder, variant, options)
-        for variant, dtype in (("dense", "fp32"), ("lowrank", "fp32"), ("pifa", "fp32"), ("pifa", "fp16")):
-            with stage(f"export {variant} {dtype}"):
-                target = folder / f"onnx-{variant}-{dtype}"
-                export_checkpoint(folder / variant, target, ExportOptions(dtype=dtype))
+        _make_variants(model, folder, options, stage)
         verified = {}
         for dtype in ("fp32", "fp16"):
             with stage(f"verify pifa {dtype} against PyTorch fp32"):
@@ -140,17 +134,9 @@ def run_demo(out: Path | str, options: DemoOptions, stage: Stage) -> DemoReport:
         with stage(f"build TensorRT-RTX engine for {', '.join(CAPABILITIES)}"):
             build = BuildOptions(compute_capabilities=CAPABILITIES)
             engine = build_engines(folder / "onnx-pifa-fp16", folder / "engine", build).to_json()
-        with stage("perplexity on held-out text"):
-            scores = {variant: _score(folder, variant, options) for variant in VARIANTS}
-        runners = {variant: OnnxRuntimeRunner(open_folder(folder / f"onnx-{variant}-fp32")) for variant in VARIANTS}
-        with stage(f"latency: prefill {PREFILL_TOKENS}, decode at {PREFILL_TOKENS}, interleaved"):
-            prefill = side_by_side({name: prefill_call(runner, PREFILL_TOKENS) for name, runner in runners.items()})
-            decode = side_by_side({name: decode_call(runner, PREFILL_TOKENS) for name, runner in runners.items()})
-        with stage("generate"):
-            tokenizer = load_tokenizer(folder / "dense")
-            texts = {name: generate(runners[name], tokenizer, PROMPT, chat=False) for name in ("dense", "pifa")}
+        rows, texts = _compare(folder, options, stage)
         report = DemoReport(
-            rows=tuple(_row(folder, name, scores[name], prefill[name], decode[name]) for name in VARIANTS),
+            rows=rows,
             texts=texts,
             lines=(*map(_parity_line, verified.values()), _engine_line(engine)),
             verified={dtype: result.to_json() for dtype, result in verified.items()},
@@ -159,6 +145,40 @@ def run_demo(out: Path | str, options: DemoOptions, stage: Stage) -> DemoReport:
         )
         write_json(folder / "report.json", report.to_json())
         return report
+
+
+def _require_stages() -> None:
+    """Raises MissingCapabilityError now for what a late stage would miss."""
+    able = {capability.name: capability for capability in diagnose().capabilities}
+    for name in ("verify", "build tensorrt-rtx"):
+        if not able[name].available:
+            raise MissingCapabilityError(f"the demo needs `{name}`: {able[name].reason}; {able[name].install}")
+
+
+def _make_variants(model: Path, folder: Path, options: DemoOptions, stage: Stage) -> None:
+    """Writes dense/, lowrank/, pifa/ and their ONNX folders."""
+    with stage("load the model from GGUF"):
+        _save_dense(model, folder / "dense")
+    for variant in VARIANTS[1:]:
+        with stage(f"compress to {variant}, whitened, density {options.density}"):
+            _compress(folder, variant, options)
+    for variant, dtype in (("dense", "fp32"), ("lowrank", "fp32"), ("pifa", "fp32"), ("pifa", "fp16")):
+        with stage(f"export {variant} {dtype}"):
+            export_checkpoint(folder / variant, folder / f"onnx-{variant}-{dtype}", ExportOptions(dtype=dtype))
+
+
+def _compare(folder: Path, options: DemoOptions, stage: Stage) -> tuple[tuple[tuple[Any, ...], ...], dict[str, str]]:
+    """Returns the summary rows and the generated texts."""
+    with stage("perplexity on held-out text"):
+        scores = {variant: _score(folder, variant, options) for variant in VARIANTS}
+    runners = {variant: OnnxRuntimeRunner(open_folder(folder / f"onnx-{variant}-fp32")) for variant in VARIANTS}
+    with stage(f"latency: prefill {PREFILL_TOKENS}, decode at {PREFILL_TOKENS}, interleaved"):
+        prefill = side_by_side({name: prefill_call(runner, PREFILL_TOKENS) for name, runner in runners.items()})
+        decode = side_by_side({name: decode_call(runner, PREFILL_TOKENS) for name, runner in runners.items()})
+    with stage("generate"):
+        tokenizer = load_tokenizer(folder / "dense")
+        texts = {name: generate(runners[name], tokenizer, PROMPT, chat=False) for name in ("dense", "pifa")}
+    return tuple(_row(folder, name, scores[name], prefill[name], decode[name]) for name in VARIANTS), texts
 
 
 def _save_dense(gguf: Path, target: Path) -> None:

@@ -17,10 +17,15 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def model_sha256(folder: Path) -> str:
-    """Returns a hash over config.json and every tensor file of a model folder, independent of its place."""
+def model_sha256(source: Path) -> str:
+    """Returns a hash of a GGUF file, or over config.json and every tensor file of a model folder.
+
+    It does not depend on where the model stands.
+    """
+    if source.is_file():
+        return file_sha256(source)
     digest = hashlib.sha256()
-    files = {folder / "config.json", *tensor_files(folder).values()}
+    files = {source / "config.json", *tensor_files(source).values()}
     for file in sorted(files, key=lambda path: path.name):
         digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
     return digest.hexdigest()

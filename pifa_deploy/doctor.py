@@ -37,7 +37,7 @@ class Capability:
     """Something that this program can do, or why it cannot here.
 
     Attributes:
-        name: "compress", "export", "verify", "build tensorrt-rtx", "run tensorrt-rtx engine", ...
+        name: "compress", "export", "verify", "build tensorrt-rtx", "run engine", ...
         available: whether this machine can.
         reason: what was found or is missing.
         install: what to do about it, "" when nothing is needed.
@@ -47,6 +47,14 @@ class Capability:
     available: bool
     reason: str
     install: str = ""
+
+
+_RUN_ENGINE = Capability(
+    name="run engine",
+    available=False,
+    reason="this version has no command that runs an engine",
+    install="load model.engine with TensorRT itself, on a GPU that engine.json names",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +103,8 @@ def judge(packages: Mapping[str, str | None], gpus: tuple[LocalGpu, ...]) -> tup
         _needs("export", packages, ("torch", "transformers", "onnx", "onnx_ir", "onnxscript"), "pifa-deploy"),
         _needs("verify", packages, ("torch", "onnx", "onnxruntime"), "pifa-deploy[cpu]"),
         _needs(f"build {RTX}", packages, ("tensorrt_rtx", "polygraphy"), "pifa-deploy[rtx]", "no GPU is needed"),
-        _on_gpu(f"build {TENSORRT}", packages, gpus, ("tensorrt", "polygraphy")),
-        _on_gpu(f"run {RTX} engine", packages, gpus, ("tensorrt_rtx", "torch")),
-        _on_gpu(f"run {TENSORRT} engine", packages, gpus, ("tensorrt", "torch")),
+        _build_on_gpu(packages, gpus),
+        _RUN_ENGINE,
     )
 
 
@@ -147,29 +154,20 @@ def _needs(
     return Capability(name=name, available=True, reason=f"{reason}; {remark}" if remark else reason)
 
 
-def _on_gpu(
-    name: str, packages: Mapping[str, str | None], gpus: tuple[LocalGpu, ...], modules: tuple[str, ...]
-) -> Capability:
-    """Judges what needs a GPU: first the GPU, which no package can mend, then the packages."""
-    backend = RTX if "tensorrt_rtx" in modules else TENSORRT
-    extra = "pifa-deploy[rtx]" if backend == RTX else "pifa-deploy[tensorrt]"
+def _build_on_gpu(packages: Mapping[str, str | None], gpus: tuple[LocalGpu, ...]) -> Capability:
+    """Judges the build with full TensorRT: first the GPU it builds on, which no package can mend, then the packages."""
+    name, capability = f"build {TENSORRT}", gpus[0].compute_capability if gpus else None
+    reason, install = "", ""
     if not gpus:
-        return Capability(
-            name=name, available=False, reason="no NVIDIA GPU found", install="use a machine with one and its driver"
-        )
-    served = [gpu for gpu in gpus if gpu.compute_capability in (None, *SERVED[backend])]
-    if not served:
-        return Capability(
-            name=name,
-            available=False,
-            reason=f"{backend} does not serve {_gpu_text(gpus[0])}",
-            install=f"use --backend {TENSORRT if backend == RTX else RTX} where it serves this GPU",
-        )
-    if "torch" in modules and str(packages.get("torch")).endswith("+cpu"):
-        return Capability(
-            name=name, available=False, reason=f"torch {packages['torch']} has no CUDA", install="pip install torch"
-        )
-    return _needs(name, packages, modules, extra, _gpu_text(served[0]))
+        reason, install = "no NVIDIA GPU found", "use a machine with one and its driver"
+    elif capability is None:
+        reason, install = f"the driver does not tell the capability of {_gpu_text(gpus[0])}", "update the driver"
+    elif capability not in SERVED[TENSORRT]:
+        reason = f"{TENSORRT} does not serve {_gpu_text(gpus[0])}"
+        install = f"use a machine with a GPU that it serves, or --backend {RTX}"
+    if reason:
+        return Capability(name=name, available=False, reason=reason, install=install)
+    return _needs(name, packages, ("tensorrt", "polygraphy"), "pifa-deploy[tensorrt]", _gpu_text(gpus[0]))
 
 
 def _gpu_text(gpu: LocalGpu) -> str:

@@ -19,26 +19,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pifa_deploy.build_log import BUILD_LOG, last_lines, met_full_disk, remove_paths
 from pifa_deploy.digest import file_sha256
-from pifa_deploy.engine_record import (
-    ENGINE_JSON,
-    EngineFile,
-    EngineRecord,
-    histogram,
-    layers_in_log,
-    memory_in_log,
+from pifa_deploy.engine_record import ENGINE_JSON, EngineFile, EngineRecord, histogram, layers_in_log, memory_in_log
+from pifa_deploy.errors import (
+    BuildError,
+    InputMissingError,
+    InputRefusedError,
+    MisfitError,
+    MissingCapabilityError,
+    OutputError,
 )
-from pifa_deploy.errors import BuildError, InputMissingError, InputRefusedError, MisfitError, MissingCapabilityError
 from pifa_deploy.onnx_folder import OnnxFolder, external_files, open_folder
 from pifa_deploy.output_folder import new_folder, write_json
 from pifa_deploy.targets import BACKENDS, RTX, RTX_DEFAULT, capabilities, local_gpus
 
 ENGINE = "model.engine"
-BUILD_LOG = "build.log"
 _SPEC = "spec.json"
 _RESULT = "result.json"
 _MODULES = {RTX: ("tensorrt_rtx", "pifa-deploy[rtx]"), "tensorrt": ("tensorrt", "pifa-deploy[tensorrt]")}
-_LAST_LINES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,10 +96,10 @@ def build_engines(onnx: Path | str, out: Path | str, options: BuildOptions) -> E
 
     Raises:
         InputMissingError, InputRefusedError: as `open_folder`, or a dynamic dimension is unknown.
-        MissingCapabilityError: TensorRT, Polygraphy or, for full TensorRT, a GPU is missing.
+        MissingCapabilityError: TensorRT, Polygraphy or, for full TensorRT, a GPU of known capability is missing.
         MisfitError: full TensorRT is asked for another GPU than this machine's.
         BuildError: the builder failed or died; the message has its last lines and the signal.
-        OutputExistsError, OutputHeldError, OutputError: as `new_folder`.
+        OutputExistsError, OutputHeldError, OutputError: as `new_folder`; no log is kept of a full disk.
     """
     source = open_folder(onnx)
     profile = profile_shapes(input_dimensions(source), options)
@@ -187,13 +186,19 @@ def _resolve_capabilities(options: BuildOptions) -> tuple[str, ...]:
     asked = capabilities(options.targets, options.compute_capabilities, backend=options.backend)
     if options.backend == RTX:
         return asked or RTX_DEFAULT
-    here = {gpu.compute_capability for gpu in local_gpus()} - {None}
-    if not here:
+    gpus = local_gpus()
+    if not gpus:
         raise MissingCapabilityError(
             "this machine has no NVIDIA GPU, and tensorrt builds on the GPU that it builds for; run the build on the "
             f"target device, or use --backend {RTX}"
         )
-    found = str(sorted(filter(None, here))[0])
+    # nvidia-smi lists by PCI bus, CUDA takes its fastest GPU first: unlike GPUs need CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    found = gpus[0].compute_capability
+    if found is None:
+        raise MissingCapabilityError(
+            f"the driver does not tell the compute capability of {gpus[0].name}, and tensorrt builds for it; update "
+            f"the driver, or use --backend {RTX}"
+        )
     if asked and asked != (found,):
         raise MisfitError(
             f"the GPU of this machine has compute capability {found}, asked for {', '.join(asked)}; tensorrt builds "
@@ -216,8 +221,13 @@ def _run_child(spec: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
     log = folder / BUILD_LOG
     with log.open("wb") as stream:
         status = _wait(_child_command(folder / _SPEC), cwd=folder, env=environment, stream=stream)
+    if status != 0 and met_full_disk(log):
+        raise OutputError(
+            f"{out} could not be written: the disk filled up during the build (there or where temporary files go); "
+            "free some space and run the command again"
+        )
     places = {str(Path(spec["onnx"]).parent): "<onnx>", str(folder): "<out>"}
-    _remove_paths(log, {**places, sys.prefix: "<python>", package_root: "<package>"})
+    remove_paths(log, {**places, sys.prefix: "<python>", package_root: "<package>"})
     if status == 0 and (folder / _RESULT).is_file() and (folder / ENGINE).is_file():
         result: dict[str, Any] = json.loads((folder / _RESULT).read_text(encoding="utf-8"))
         (folder / _RESULT).unlink()
@@ -225,7 +235,7 @@ def _run_child(spec: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
         return result
     kept = out.with_name(f"{out.name}.{BUILD_LOG}")
     log.replace(kept)
-    raise BuildError(f"{_cause(status)}; last lines: {_last_lines(kept)}; the whole log is {kept}")
+    raise BuildError(f"{_cause(status)}; last lines: {last_lines(kept)}; the whole log is {kept}")
 
 
 def _wait(command: list[str], *, cwd: Path, env: dict[str, str], stream: Any) -> int:
@@ -248,21 +258,6 @@ def _cause(status: int) -> str:
     out_of_memory = name == "SIGKILL"
     advice = " (the system kills so when memory runs out: free some, or lower --max-cache-len)" if out_of_memory else ""
     return f"the build process died of {name}{advice}"
-
-
-def _last_lines(log: Path) -> str:
-    """Returns the builder's last error lines, or its last lines where it marked none as errors."""
-    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith(("[E]", "[!]"))]
-    return " | ".join(line[:300] for line in (errors or lines)[-_LAST_LINES:]) or "none, it said nothing"
-
-
-def _remove_paths(log: Path, names: dict[str, str]) -> None:
-    text = log.read_bytes()
-    for path, name in names.items():
-        # With its separator, so that neither "/" nor a folder of a longer name is taken for it.
-        text = text.replace(os.fsencode(path + os.sep), f"{name}/".encode())
-    log.write_bytes(text)
 
 
 def _record(

@@ -23,6 +23,12 @@ class ExitCode(IntEnum):
     INTERRUPTED = 130
 
 
+def first_line(error: BaseException, limit: int = 300) -> str:
+    """Returns an exception's type and the first line of its message, cut to `limit` characters."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}"[:limit] if lines else type(error).__name__
+
+
 class PifaDeployError(Exception):
     """Base of all errors of this package; the message says what was found, what was expected, what to do."""
 

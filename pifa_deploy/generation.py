@@ -32,12 +32,7 @@ def generate(runner: Runner, tokenizer: Any, prompt: str, *, max_new_tokens: int
         raise ValueError(f"the prompt {prompt!r} holds no token; give some text")
     cache, past, produced = None, 0, list[int]()
     while len(produced) < max_new_tokens:
-        step = Step(
-            input_ids=ids[None],
-            attention_mask=np.ones((1, past + len(ids)), np.int64),
-            position_ids=np.arange(past, past + len(ids), dtype=np.int64)[None],
-        )
-        logits, cache = runner.step(step, cache)
+        logits, cache = runner.step(Step.after(past, ids), cache)
         past += len(ids)
         token = int(logits[0, -1].argmax())
         if token == tokenizer.eos_token_id:

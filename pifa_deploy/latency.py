@@ -82,8 +82,4 @@ def decode_call(runner: OnnxRuntimeRunner, past: int) -> Callable[[], object]:
 
 
 def _step(tokens: int, past: int) -> Step:
-    return Step(
-        input_ids=np.full((1, tokens), 100, np.int64),
-        attention_mask=np.ones((1, past + tokens), np.int64),
-        position_ids=np.arange(past, past + tokens, dtype=np.int64)[None],
-    )
+    return Step.after(past, np.full(tokens, 100, np.int64))

@@ -16,11 +16,20 @@ from transformers.utils import logging as transformers_logging
 
 from pifa_deploy import transformers_quantizer  # noqa: F401 - registers the "pifa" method
 from pifa_deploy.checkpoint import FLOATS, read_config, tensor_files
-from pifa_deploy.errors import InputMissingError, InputRefusedError, MissingCapabilityError, PifaDeployError
+from pifa_deploy.errors import (
+    InputMissingError,
+    InputRefusedError,
+    MissingCapabilityError,
+    PifaDeployError,
+    StageFailedError,
+    first_line,
+)
 from pifa_deploy.op_spec import DTYPE_FLAGS
 
 HUB_PREFIX = "hf:"
 _GGUF_MAGIC = b"GGUF"
+# With a repository in one of these transformers fetches and runs a kernel, whatever trust_remote_code says.
+_CODE_FIELDS = ("attn_implementation", "_attn_implementation", "experts_implementation", "kernel_config")
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -68,12 +77,20 @@ def load_model(source: Path | str, *, dtype: torch.dtype) -> PreTrainedModel:
                 f"{source}: {kind.replace('_', ' ')}: {names[0]} ({len(names)} in all); "
                 f"expected exactly the tensors of {type(model).__name__}"
             )
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputRefusedError(f"{source}: {name} has NaN or Inf entries in {dtype}; expected finite weights")
+    check_finite(model, str(source))
     if "gguf_file" in options:
         _forget_quantization(model)
     return model.eval()
+
+
+def check_finite(model: PreTrainedModel, where: str) -> None:
+    """Raises InputRefusedError naming a weight that is NaN or Inf, perhaps only in the model's dtype."""
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputRefusedError(
+                f"{where}: {name} has NaN or Inf entries in {tensor.dtype}; expected finite weights, "
+                "a wider dtype may hold them"
+            )
 
 
 def _key_text(key: Any) -> str:
@@ -123,6 +140,12 @@ def _location(source: Path | str) -> tuple[Path | str, dict[str, Any]]:
     if not path.is_dir():
         raise InputMissingError(f"{path}: no such file or folder; give a model folder, a .gguf file or hf:ORG/NAME")
     config = read_config(path)
+    for field in _CODE_FIELDS:
+        if "/" in str(config.get(field) or ""):
+            raise InputRefusedError(
+                f"{path / 'config.json'}: {field} is {config[field]!r}, code from a hub, which is never loaded; "
+                "remove it"
+            )
     if any(path.glob("*.safetensors")) or any(path.glob("*.safetensors.index.json")):
         files = tensor_files(path)
         if "quantization_config" not in config:
@@ -158,12 +181,16 @@ def _as_refusal(source: Path | str) -> Iterator[None]:
     except PifaDeployError:
         raise
     except ImportError as error:
+        advice = "; pip install 'pifa-deploy[demo]' reads GGUF" if str(source).endswith(".gguf") else ""
         raise MissingCapabilityError(
-            f"{source} needs a package that is not installed ({error}); pip install 'pifa-deploy[demo]' reads GGUF"
+            f"{source} needs a package that is not installed ({first_line(error)}){advice}"
         ) from error
+    except MemoryError as error:
+        raise StageFailedError(f"{source}: not enough memory to load it; use a machine with more") from error
     except Exception as error:
-        detail = (str(error).strip().splitlines() or [""])[0][:300]
-        raise InputRefusedError(f"{source}: could not be loaded ({type(error).__name__}: {detail})") from error
+        if HUB_PREFIX in str(source) and isinstance(error, OSError):
+            raise MissingCapabilityError(f"{source}: not to be had from the hub ({first_line(error)})") from error
+        raise InputRefusedError(f"{source}: could not be loaded ({first_line(error)})") from error
 
 
 @contextlib.contextmanager

@@ -80,7 +80,6 @@ def export_checkpoint(checkpoint: Path | str, target: Path | str, options: Expor
     """
     with new_folder(target, force=options.force) as folder:
         model = load_model(checkpoint, dtype=torch_dtype(options.dtype))
-        modules = _modules(model)
         graph = graph_from_model(model)
         onnx_passes.attach_function_body(graph)
         if options.plain_ops:
@@ -90,7 +89,9 @@ def export_checkpoint(checkpoint: Path | str, target: Path | str, options: Expor
         save_graph(graph, folder)
         tokenizer = save_tokenizer(checkpoint, folder)
         model.config.save_pretrained(folder)
-        write_json(folder / MANIFEST_FILE, _manifest(model, folder, options, modules, _source_hash(checkpoint)))
+        write_json(
+            folder / MANIFEST_FILE, _manifest(model, folder, options, _modules(model, graph), _source_hash(checkpoint))
+        )
         onnx_passes.check(str(folder / MODEL_FILE))
         return ExportSummary(
             path=str(target),
@@ -107,21 +108,22 @@ def save_graph(graph: ir.Model, folder: Path) -> None:
     ir.save(graph, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=_INLINE_BYTES, max_workers=1)
 
 
-def _modules(model: PreTrainedModel) -> dict[str, Any]:
-    tensors = {"pifa": (*op_spec.INPUTS[1:],), "lowrank": ("low_rank_u", "low_rank_v")}
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, (PifaLinear, LowRankLinear)):
-            spec = spec_of(module)
-            found[name] = {**asdict(spec), "tensors": [f"{name}.{suffix}" for suffix in tensors[spec.format]]}
-    return found
+def _modules(model: PreTrainedModel, graph: ir.Model) -> dict[str, Any]:
+    """Returns, for each factorised module, its spec and the initializers of the graph that hold it."""
+    return {
+        name: {
+            **asdict(spec_of(module)),
+            "tensors": [tensor for tensor in graph.graph.initializers if tensor.rpartition(".")[0] == name],
+        }
+        for name, module in model.named_modules()
+        if isinstance(module, (PifaLinear, LowRankLinear))
+    }
 
 
 def _source_hash(checkpoint: Path | str) -> str | None:
     if str(checkpoint).startswith(HUB_PREFIX):
         return None
-    path = Path(checkpoint)
-    return file_sha256(path) if path.is_file() else model_sha256(path)
+    return model_sha256(Path(checkpoint))
 
 
 def _manifest(

@@ -1,7 +1,7 @@
 """The ONNX folder: model.onnx, model.onnx.data, pifa.json and the files a tokenizer needs; its contract.
 
 pifa.json: {"schema": 1, "artefact": "onnx", "dtype": "fp16", "plain_ops": false, "op": {...}, "cache": {...},
-"source_sha256": "...", "modules": {name: {"rank", "in_features", "out_features", "format", "tensors": {...}}},
+"source_sha256": "...", "modules": {name: {"rank", "in_features", "out_features", "format", "tensors": [...]}},
 "files": {name: {"bytes", "sha256"}}, "tools": {package: version}}
 """
 
@@ -50,7 +50,7 @@ class OnnxFolder:
     @property
     def dtype(self) -> str:
         """Weight dtype as the export flag says it: "fp32", "fp16" or "bf16"."""
-        return str(self.manifest.get("dtype", "fp32"))
+        return str(self.manifest.get("dtype") or cache_dtype(self.model) or "fp32")
 
     @property
     def cache_layers(self) -> int:

@@ -15,6 +15,7 @@ from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
 
 from pifa_deploy import op_spec
+from pifa_deploy.errors import ExportError
 
 OPSET = 18
 # Only what is computed from shapes and scalars is folded.
@@ -25,9 +26,8 @@ def op_schema() -> onnx.defs.OpSchema:
     """Returns the ONNX schema of `pifa::PifaLinear` version 1."""
     schema = onnx.defs.OpSchema
     option = schema.FormalParameterOption
-    inputs = [
-        schema.FormalParameter(name, "tensor(int32)" if name == "output_index" else "T") for name in op_spec.INPUTS
-    ]
+    types = dict.fromkeys(op_spec.INPUTS, "T") | {op_spec.INDEX_INPUT: f"tensor({op_spec.INDEX_DTYPE})"}
+    inputs = [schema.FormalParameter(name, kind) for name, kind in types.items()]
     inputs.append(schema.FormalParameter(op_spec.OPTIONAL_INPUT, "T", param_option=option.Optional))
     kinds = dict.fromkeys(op_spec.INT_ATTRIBUTES, schema.AttrType.INT)
     kinds |= dict.fromkeys(op_spec.STRING_ATTRIBUTES, schema.AttrType.STRING)
@@ -94,7 +94,7 @@ def attach_function_body(model: ir.Model) -> None:
         return
     index = nodes[0].inputs[op_spec.INPUTS.index("output_index")]
     if index is None or index.shape is None:
-        raise ValueError(f"{nodes[0].name}: output_index has no static shape")
+        raise ExportError(f"{nodes[0].name}: output_index has no static shape")
     body = function_body(gather=index.shape[0] != 0, bias=len(nodes[0].inputs) > len(op_spec.INPUTS))
     model.functions[body.identifier()] = body
     model.graph.opset_imports[op_spec.DOMAIN] = op_spec.OP_VERSION

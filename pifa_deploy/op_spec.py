@@ -24,10 +24,10 @@ PLUGIN_VERSION = "1"
 QUANT_METHOD = "pifa"  # how config.json of a checkpoint says that it holds the layers of this operator
 
 INPUTS = ("x", "pivot_weight", "coefficients", "output_index")
+INDEX_INPUT = INPUTS[3]
 OPTIONAL_INPUT = "bias"
 OUTPUT = "y"
 
-DTYPES = ("float32", "float16", "bfloat16")
 DTYPE_FLAGS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 INDEX_DTYPE = "int32"
 FORMS = ("row",)

@@ -19,8 +19,8 @@ from typing import Any
 from pifa_deploy.errors import OutputError, OutputExistsError, OutputHeldError
 from pifa_deploy.op_spec import QUANT_METHOD
 
-# A folder that holds none of these, nor a config.json of a PIFA checkpoint, was not made by this program:
-# --force does not replace it. (Any config.json would not do: it also marks the dense model of the user.)
+# A folder whose files say none of this was not made by this program: --force does not replace it. (Any
+# config.json would not do: it also marks the dense model of the user.)
 ARTEFACT_FILES = ("pifa.json", "engine.json", "report.json")
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
@@ -104,13 +104,18 @@ def _refuse_existing(target: Path, force: bool) -> None:
 def _is_artefact(folder: Path) -> bool:
     if not folder.is_dir():
         return False
-    if any((folder / name).is_file() for name in ARTEFACT_FILES):
-        return True
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-    return bool(found == QUANT_METHOD)
+    for name in (*ARTEFACT_FILES, "config.json"):
+        try:
+            found = json.loads((folder / name).read_text(encoding="utf-8"))
+            if name == "config.json":
+                mine = found["quantization_config"]["quant_method"] == QUANT_METHOD
+            else:
+                mine = isinstance(found["schema"], int)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            continue
+        if mine:
+            return True
+    return False
 
 
 def _swap_in(partial: Path, target: Path) -> None:
@@ -197,4 +202,7 @@ def _is_beside(error: Exception, target: Path) -> bool:
     if not isinstance(name, (str, Path)):
         return True
     path = Path(os.path.abspath(name))
-    return path in target.parents or target.parent in path.parents
+    if target.parent not in path.parents:
+        return path in target.parents
+    top = path.relative_to(target.parent).parts[0]
+    return top == target.name or top.startswith(f".{target.name}.")

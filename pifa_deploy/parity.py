@@ -7,12 +7,14 @@ again with other gates.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from pifa_deploy.errors import InputRefusedError
 
 # A reference whose two best tokens are closer than this has no winner to agree with.
 TOP1_GAP = 1e-3
@@ -50,6 +52,13 @@ DEFAULT_GATES = {
 }
 
 
+def gates_for(dtype: str) -> Gates:
+    """Returns the default gates of a dtype; raises InputRefusedError for a dtype without any."""
+    if dtype not in DEFAULT_GATES:
+        raise InputRefusedError(f"the graph's dtype is {dtype!r}, expected one of {', '.join(DEFAULT_GATES)}")
+    return DEFAULT_GATES[dtype]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Difference:
     """Logits of a candidate against a reference over some positions.
@@ -75,6 +84,12 @@ class Difference:
     p999_kl: float
     top1: float
     decided: int
+
+
+def difference_from_json(value: Mapping[str, Any]) -> Difference:
+    """Returns saved figures, so that `judge` can decide again with other gates; null stands for NaN."""
+    fields: dict[str, Any] = {name: math.nan if figure is None else figure for name, figure in value.items()}
+    return Difference(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)

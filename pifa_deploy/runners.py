@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from pifa_deploy.errors import MissingCapabilityError, StageFailedError
+from pifa_deploy.errors import MissingCapabilityError, StageFailedError, first_line
 from pifa_deploy.onnx_folder import OnnxFolder
 
 IntArray = npt.NDArray[np.int64]
@@ -32,6 +32,15 @@ class Step:
     input_ids: IntArray
     attention_mask: IntArray
     position_ids: IntArray
+
+    @classmethod
+    def after(cls, past: int, ids: IntArray) -> Step:
+        """Returns the step of one sequence that reads tokens [sequence] behind `past` others, none of them padding."""
+        return cls(
+            input_ids=ids[None],
+            attention_mask=np.ones((1, past + len(ids)), np.int64),
+            position_ids=np.arange(past, past + len(ids), dtype=np.int64)[None],
+        )
 
 
 class Runner(Protocol):
@@ -120,7 +129,7 @@ def _session(path: Path, threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:
-        reason = str(error).strip().splitlines()[0][:300]
+        reason = first_line(error)
         if "NOT_IMPLEMENTED" in reason:
             raise MissingCapabilityError(
                 f"ONNX Runtime {onnxruntime.__version__} cannot run {path} on this CPU: {reason}; "

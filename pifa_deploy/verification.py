@@ -18,7 +18,7 @@ from pifa_deploy.errors import InputRefusedError
 from pifa_deploy.linear import LowRankLinear, PifaLinear
 from pifa_deploy.model_folder import load_model, load_tokenizer, torch_dtype
 from pifa_deploy.onnx_folder import OnnxFolder, open_folder
-from pifa_deploy.parity import DEFAULT_GATES, Comparison, Difference, Gates, Verdict, json_figures, judge, to_json
+from pifa_deploy.parity import Comparison, Difference, Gates, Verdict, gates_for, json_figures, judge, to_json
 from pifa_deploy.runners import FloatArray, IntArray, OnnxRuntimeRunner, Runner, Step, TorchRunner
 
 
@@ -94,7 +94,7 @@ def verify_folder(onnx: Path | str, reference: Path | str, options: VerifyOption
     """
     folder = open_folder(onnx)
     _check_source(folder, Path(reference))
-    gates = options.gates or DEFAULT_GATES[folder.dtype]
+    gates = options.gates or gates_for(folder.dtype)
     candidate = OnnxRuntimeRunner(folder)
     model = load_model(reference, dtype=torch.float32)
     ids = _tokens(reference, options)
@@ -134,13 +134,13 @@ def measure(
 def cases(ids: IntArray, options: VerifyOptions) -> Iterator[tuple[str, Step]]:
     """Yields (name, step): prefills, a padded batch, then a prompt and decode steps that share one cache."""
     for length in options.prefill_lengths:
-        yield f"prefill {length}", _plain(ids[:length], 0)
+        yield f"prefill {length}", Step.after(0, ids[:length])
     if options.padded_lengths:
         yield f"padded batch {'+'.join(map(str, options.padded_lengths))}", _padded(ids, options.padded_lengths)
     if options.decode_steps:
-        yield f"prompt {options.decode_prompt}", _plain(ids[: options.decode_prompt], 0)
+        yield f"prompt {options.decode_prompt}", Step.after(0, ids[: options.decode_prompt])
         for past in range(options.decode_prompt, options.decode_prompt + options.decode_steps):
-            yield f"decode at {past}", _plain(ids[past : past + 1], past)
+            yield f"decode at {past}", Step.after(past, ids[past : past + 1])
 
 
 def low_rank_twin(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel | None:
@@ -177,7 +177,7 @@ def _balanced_pair(layer: PifaLinear) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _check_source(folder: OnnxFolder, reference: Path) -> None:
     expected = folder.manifest.get("source_sha256")
-    if expected and reference.is_dir() and model_sha256(reference) != expected:
+    if expected and reference.exists() and model_sha256(reference) != expected:
         raise InputRefusedError(
             f"{folder.path / 'pifa.json'}: was exported from a checkpoint with hash {expected[:12]}…, "
             f"{reference} has another; name the checkpoint it came from or export again"
@@ -193,14 +193,6 @@ def _tokens(reference: Path | str, options: VerifyOptions) -> IntArray:
         )
     tokens: IntArray = ids.numpy()
     return tokens
-
-
-def _plain(ids: IntArray, past: int) -> Step:
-    return Step(
-        input_ids=ids[None],
-        attention_mask=np.ones((1, past + len(ids)), np.int64),
-        position_ids=np.arange(past, past + len(ids), dtype=np.int64)[None],
-    )
 
 
 def _padded(ids: IntArray, lengths: tuple[int, ...]) -> Step:

@@ -37,8 +37,17 @@ def test_the_diagnosis_of_this_machine_is_json_and_tables() -> None:
 
 def test_with_everything_on_a_served_gpu_all_is_possible() -> None:
     judged = _judged(dict(ALL), RTX_4090)
-    assert all(each.available for each in judged.values())
-    assert "RTX 4090, compute capability 8.9, driver 580.1, 24564 MiB" in judged["run tensorrt-rtx engine"].reason
+    assert [name for name, each in judged.items() if not each.available] == ["run engine"]
+    assert "RTX 4090, compute capability 8.9, driver 580.1, 24564 MiB" in judged["build tensorrt"].reason
+
+
+@pytest.mark.parametrize("gpus", [(), (RTX_4090,), (ORIN,)], ids=["none", "rtx", "orin"])
+def test_running_an_engine_is_not_promised(gpus: tuple[LocalGpu, ...]) -> None:
+    names = [name for name in _judged(dict(ALL), *gpus) if name.startswith("run")]
+    judged = _judged(dict(ALL), *gpus)["run engine"]
+    assert (names, judged.available) == (["run engine"], False)
+    assert judged.reason == "this version has no command that runs an engine"
+    assert "with TensorRT itself" in judged.install
 
 
 @pytest.mark.parametrize(
@@ -50,7 +59,6 @@ def test_with_everything_on_a_served_gpu_all_is_possible() -> None:
         ("tensorrt_rtx", "build tensorrt-rtx", "pip install 'pifa-deploy[rtx]'"),
         ("polygraphy", "build tensorrt-rtx", "pip install 'pifa-deploy[rtx]'"),
         ("tensorrt", "build tensorrt", "pip install 'pifa-deploy[tensorrt]'"),
-        ("tensorrt", "run tensorrt engine", "pip install 'pifa-deploy[tensorrt]'"),
     ],
 )
 def test_a_missing_package_is_named_with_its_cure(module: str, capability: str, install: str) -> None:
@@ -58,26 +66,28 @@ def test_a_missing_package_is_named_with_its_cure(module: str, capability: str, 
     assert (judged.available, judged.reason, judged.install) == (False, f"{module} missing", install)
 
 
-def test_without_a_gpu_rtx_builds_and_nothing_runs() -> None:
+def test_without_a_gpu_rtx_builds_and_tensorrt_does_not() -> None:
     judged = _judged(dict(ALL))
     assert judged["build tensorrt-rtx"].available
-    for name in ("build tensorrt", "run tensorrt engine", "run tensorrt-rtx engine"):
-        assert not judged[name].available
-        assert judged[name].reason == "no NVIDIA GPU found"
+    assert not judged["build tensorrt"].available
+    assert judged["build tensorrt"].reason == "no NVIDIA GPU found"
 
 
-def test_an_orin_runs_tensorrt_and_not_rtx() -> None:
-    judged = _judged(dict(ALL), ORIN)
-    assert judged["run tensorrt engine"].available
-    rtx = judged["run tensorrt-rtx engine"]
-    assert not rtx.available
-    assert rtx.reason == "tensorrt-rtx does not serve Orin, compute capability 8.7"
-    assert "--backend tensorrt" in rtx.install
+@pytest.mark.parametrize(
+    ("capability", "reason", "install"),
+    [
+        ("7.2", "tensorrt does not serve Xavier, compute capability 7.2", "use a machine with a GPU that it serves"),
+        (None, "the driver does not tell the capability of Xavier, compute capability unknown", "update the driver"),
+    ],
+)
+def test_a_first_gpu_that_tensorrt_cannot_build_for_is_named(capability: str | None, reason: str, install: str) -> None:
+    judged = _judged(dict(ALL), LocalGpu(name="Xavier", compute_capability=capability), RTX_4090)["build tensorrt"]
+    assert (judged.available, judged.reason) == (False, reason)
+    assert judged.install.startswith(install)
 
 
-def test_a_torch_without_cuda_does_not_run_engines() -> None:
-    judged = _judged({**ALL, "torch": "2.13.0+cpu"}, RTX_4090)["run tensorrt-rtx engine"]
-    assert (judged.available, judged.reason) == (False, "torch 2.13.0+cpu has no CUDA")
+def test_an_orin_builds_with_tensorrt() -> None:
+    assert _judged(dict(ALL), ORIN)["build tensorrt"].available
 
 
 def test_a_folder_named_like_a_package_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

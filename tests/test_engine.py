@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import os
@@ -33,6 +34,7 @@ from pifa_deploy.errors import (
     InputRefusedError,
     MisfitError,
     MissingCapabilityError,
+    OutputError,
     OutputExistsError,
 )
 from pifa_deploy.onnx_folder import open_folder
@@ -301,6 +303,36 @@ def test_a_killed_child_points_at_memory(toy: Path, child: Callable[[str], None]
         build_engines(toy, toy.parent / "engine", BuildOptions())
 
 
+@pytest.mark.parametrize("words", ["OSError: [Errno 28] No space left on device", "Disk quota exceeded"])
+def test_a_child_that_meets_a_full_disk_asks_for_space(toy: Path, child: Callable[[str], None], words: str) -> None:
+    child(f"print('[V] reading'); raise SystemExit({words!r})")
+    with pytest.raises(
+        OutputError, match=r"engine could not be written: the disk filled up.*free some space"
+    ) as caught:
+        build_engines(toy, toy.parent / "engine", BuildOptions())
+    assert "\n" not in str(caught.value)
+    assert _names(toy.parent) == ["onnx"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_is_found_when_it_cut_the_log(
+    toy: Path, child: Callable[[str], None], monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    child("raise SystemExit(1)")
+    write_bytes = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        if path.name == "probe":
+            raise OSError(number, os.strerror(number))
+        return write_bytes(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    expected = BuildError if number == errno.EIO else OutputError
+    with pytest.raises(expected):
+        build_engines(toy, toy.parent / "engine", BuildOptions())
+    assert _names(toy.parent) == (["engine.build.log", "onnx"] if expected is BuildError else ["onnx"])
+
+
 def test_a_child_that_ends_well_but_without_an_engine_is_a_build_error(toy: Path, child: Callable[[str], None]) -> None:
     child("pass")
     with pytest.raises(BuildError, match="ended with status 0 and without an engine"):
@@ -312,7 +344,7 @@ def test_a_failed_build_leaves_the_former_engine_whole(toy: Path, child: Callabl
     child("raise SystemExit(3)")
     out = toy.parent / "engine"
     out.mkdir()
-    (out / "engine.json").write_text("{}")
+    (out / "engine.json").write_text('{"schema": 1}')
     with pytest.raises(BuildError, match="ended with status 3"):
         build_engines(toy, out, BuildOptions(force=True))
     assert _names(out) == ["engine.json"]
@@ -469,6 +501,21 @@ def test_tensorrt_builds_only_for_the_gpu_that_is_here(toy: Path, monkeypatch: p
     monkeypatch.setattr(engine, "local_gpus", lambda: (LocalGpu(name="L4", compute_capability="8.9"),))
     with pytest.raises(MisfitError, match=r"has compute capability 8\.9, asked for 8\.7"):
         build_engines(toy, toy.parent / "engine", BuildOptions(backend="tensorrt", targets=("orin-nano",)))
+
+
+def test_tensorrt_builds_for_the_first_gpu_of_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = (LocalGpu(name="RTX 3090", compute_capability="8.6"), LocalGpu(name="B200", compute_capability="10.0"))
+    monkeypatch.setattr(engine, "local_gpus", lambda: gpus)
+    assert engine._resolve_capabilities(BuildOptions(backend="tensorrt")) == ("8.6",)
+    assert engine._resolve_capabilities(BuildOptions(backend="tensorrt", targets=("rtx3090",))) == ("8.6",)
+    with pytest.raises(MisfitError, match=r"has compute capability 8\.6, asked for 10\.0"):
+        engine._resolve_capabilities(BuildOptions(backend="tensorrt", targets=("b200",)))
+
+
+def test_a_gpu_of_unknown_capability_is_told_from_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "local_gpus", lambda: (LocalGpu(name="GRID K1", compute_capability=None),))
+    with pytest.raises(MissingCapabilityError, match=r"does not tell the compute capability of GRID K1.*update"):
+        engine._resolve_capabilities(BuildOptions(backend="tensorrt"))
 
 
 def test_the_profile_spans_prefill_and_decode(toy: Path) -> None:

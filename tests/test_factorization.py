@@ -17,6 +17,7 @@ from pifa_deploy.errors import ExitCode, FactorizationError
 from pifa_deploy.factorization import (
     LossyFactorizationWarning,
     PivotFactors,
+    RankRoundingWarning,
     assembled_factors,
     factors_from_low_rank,
     factors_from_weight,
@@ -449,6 +450,7 @@ class TestRankMultiple:
         assert factors_from_weight(u @ v, 11).rank == 11
         assert factors_from_low_rank(u, v).rank == 11
 
+    @pytest.mark.filterwarnings("ignore::pifa_deploy.factorization.RankRoundingWarning")
     @pytest.mark.parametrize(("multiple", "expected"), [(8, 16), (16, 16), (64, 40)])
     def test_raises_the_rank_but_never_above_the_smaller_side(self, multiple: int, expected: int) -> None:
         u, v = low_rank(40, 60, 11)
@@ -459,6 +461,15 @@ class TestRankMultiple:
             assert factors.rank == expected
             assert relative_error(rebuilt(factors), u @ v) <= LIMIT[torch.float64]
 
+    def test_says_so_when_it_changes_the_rank(self) -> None:
+        u, v = low_rank(40, 60, 11)
+        with pytest.warns(RankRoundingWarning, match="rank 11 became 16"):
+            factors_from_low_rank(u, v, rank_multiple=8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            factors_from_low_rank(u, v, rank_multiple=11)
+
+    @pytest.mark.filterwarnings("ignore::pifa_deploy.factorization.RankRoundingWarning")
     def test_is_the_next_multiple_for_every_rank(self) -> None:
         for multiple in (1, 8, 16, 64):
             for rank in range(1, 98):

@@ -37,6 +37,7 @@ ORDER = [
     "onnx_folder",
     "decoder_graph",
     "onnx_export",
+    "build_log",
     "engine_record",
     "engine_child",
     "engine",

@@ -129,7 +129,7 @@ def artefact(command: str, places: dict[str, Path], out: Path) -> None:
         shutil.copytree(places["onnx"], out)
     else:
         out.mkdir()
-        (out / "engine.json").write_text("{}")
+        (out / "engine.json").write_text('{"schema": 1}')
 
 
 def loads(command: str, out: Path) -> None:
@@ -349,7 +349,7 @@ def test_no_space_leaves_the_forced_output_whole(
 ) -> None:
     monkeypatch.setattr("pifa_deploy.onnx_export.graph_from_model", graph_of(places["onnx"]))
     (full_disk / "out").mkdir()
-    (full_disk / "out" / "pifa.json").write_text("{}")
+    (full_disk / "out" / "pifa.json").write_text('{"schema": 1}')
     before = content(full_disk)
     outcome = pifa_deploy(*command_line("export", places, full_disk / "out"), "--force")
     outcome.failed(STAGE_FAILED, "free some space")

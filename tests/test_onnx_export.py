@@ -32,6 +32,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from pifa_deploy import onnx_passes
+from pifa_deploy.decoder_graph import attention
 from pifa_deploy.errors import ExitCode, ExportError, InputRefusedError, OutputExistsError
 from pifa_deploy.linear import PifaLinear
 from pifa_deploy.onnx_export import ExportOptions
@@ -444,3 +445,12 @@ def test_an_architecture_that_cannot_be_traced_is_an_export_error(
         export(tmp_path / "checkpoint", tmp_path / "onnx", dtype="fp32")
     assert info.value.exit_code == ExitCode.STAGE_FAILED
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_large_queries_and_keys_do_not_overflow_float16() -> None:
+    # 128 products of 40 x 40 are 204,800, beyond float16; scaled by 128 ** -0.5 they are 18,102.
+    query = torch.full((1, 2, 3, 128), 40.0, dtype=torch.float16)
+    value = torch.arange(3 * 128, dtype=torch.float16).reshape(1, 1, 3, 128) / 384
+    found, _ = attention(torch.nn.Identity(), query, query[:, :1], value, None)
+    expected = value.double().mean(2).expand(1, 3, 2, 128)
+    assert float((found.double() - expected).abs().max()) <= 2e-3

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 
 from pifa_deploy import onnx_passes, op_spec
+from pifa_deploy.errors import ExportError
 
 # (m, n, pivot rows): odd shapes, one pivot, every row a pivot (C empty), 1 x n, m x 1, the first rows.
 CASES = {
@@ -136,7 +137,7 @@ def test_body_declares_the_operators_inputs_and_attributes() -> None:
 def test_a_node_without_a_static_index_gets_no_body() -> None:
     model = one_node_model("scattered", operands("scattered", np.float32, bias=False), ir.DataType.FLOAT, 1)
     onnx_passes.pifa_nodes(model)[0].inputs[3].shape = None
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.q_proj: output_index has no static shape"):
+    with pytest.raises(ExportError, match=r"model\.layers\.0\.q_proj: output_index has no static shape"):
         onnx_passes.attach_function_body(model)
 
 

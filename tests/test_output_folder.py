@@ -17,10 +17,12 @@ import pytest
 from pifa_deploy.errors import ExitCode, OutputError, OutputExistsError, OutputHeldError
 from pifa_deploy.output_folder import ARTEFACT_FILES, new_folder, write_json, write_text
 
+MARK = '{"schema": 1}'
+
 
 def artefact(folder: Path, text: str = "old") -> Path:
     folder.mkdir()
-    (folder / "engine.json").write_text(text)
+    (folder / "engine.json").write_text(MARK)
     (folder / "weights").write_text(text)
     return folder
 
@@ -34,7 +36,7 @@ def content(folder: Path) -> dict[str, str]:
     return {path.name: path.read_text() for path in folder.iterdir()}
 
 
-OLD = {"engine.json": "old", "weights": "old"}
+OLD = {"engine.json": MARK, "weights": "old"}
 
 WRITER = """
 import sys, time
@@ -156,6 +158,13 @@ class TestForceNeverReplaces:
         (tmp_path / "out").write_text("x")
         self.refused(tmp_path / "out")
 
+    @pytest.mark.parametrize("marker", ARTEFACT_FILES)
+    def test_a_folder_with_a_file_of_that_name_but_another_content(self, tmp_path: Path, marker: str) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / marker).write_text('{"title": "a report of the user"}')
+        (tmp_path / "out" / "thesis.tex").write_text("x")
+        self.refused(tmp_path / "out")
+
     def test_a_folder_in_which_an_artefact_name_is_a_folder(self, tmp_path: Path) -> None:
         (tmp_path / "out" / "engine.json").mkdir(parents=True)
         self.refused(tmp_path / "out")
@@ -174,7 +183,7 @@ class TestForceNeverReplaces:
 @pytest.mark.parametrize("marker", [*ARTEFACT_FILES, "config.json"])
 def test_force_replaces_every_kind_of_artefact(tmp_path: Path, marker: str) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / marker).write_text('{"quantization_config": {"quant_method": "pifa"}}')
+    (tmp_path / "out" / marker).write_text('{"schema": 1, "quantization_config": {"quant_method": "pifa"}}')
     with new_folder(tmp_path / "out", force=True) as folder:
         (folder / "a").write_text("new")
     assert content(tmp_path / "out") == {"a": "new"}
@@ -231,7 +240,7 @@ class TestConcurrentWriters:
             artefact(tmp_path / "out", "new")
         with pytest.raises(RuntimeError), new_folder(tmp_path / "out", force=True):
             raise RuntimeError
-        assert content(tmp_path / "out") == (OLD if not finished else {"engine.json": "new", "weights": "new"})
+        assert content(tmp_path / "out") == (OLD if not finished else {"engine.json": MARK, "weights": "new"})
         assert names(tmp_path) == ["out"]
 
     def test_a_lock_file_without_a_holder_does_not_hold(self, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from pifa_deploy.parity import (
     GateResult,
     Gates,
     Verdict,
+    difference_from_json,
     json_figures,
     judge,
     to_json,
@@ -229,3 +230,23 @@ def test_every_dtype_has_limits_and_narrower_ones_wider_limits() -> None:
     ordered = [DEFAULT_GATES[name] for name in ("fp32", "fp16", "bf16")]
     assert sorted(ordered, key=lambda gates: gates.mean_kl) == ordered
     assert sorted(ordered, key=lambda gates: -gates.top1) == ordered
+
+
+def test_saved_figures_are_judged_again_with_other_gates() -> None:
+    random = np.random.default_rng(3)
+    comparison = Comparison()
+    logits = random.normal(size=(6, 50))
+    measured = comparison.add("noisy", logits, logits + 1e-2 * random.normal(size=(6, 50)))
+    loaded = difference_from_json(json.loads(json.dumps(json_figures(measured))))
+    assert loaded == measured
+    assert judge(loaded, Gates(mean_kl=1.0, top1=None))
+    assert not judge(loaded, Gates(mean_kl=measured.mean_kl / 2, top1=None))
+
+
+def test_saved_figures_of_a_broken_run_fail_again() -> None:
+    logits = np.zeros((2, 5))
+    broken = Comparison()
+    broken.add("broken", logits, logits * np.nan)
+    loaded = difference_from_json(json.loads(json.dumps(json_figures(broken.overall()))))
+    assert math.isnan(loaded.mean_kl)
+    assert not judge(loaded, Gates(mean_kl=1.0, top1=None))

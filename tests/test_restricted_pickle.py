@@ -175,6 +175,22 @@ def test_a_tensor_outside_its_storage_is_refused(tmp_path, offset, size, stride)
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage")
+@pytest.mark.parametrize("size", [(2**40,), (2**18 + 16 * 8 + 1,)])
+def test_a_tensor_that_repeats_its_storage_without_measure_is_refused(tmp_path, size):
+    torch.save(placed(0, size, (0,)), tmp_path / "m.pt")
+    assert (tmp_path / "m.pt").stat().st_size < 2000
+    with pytest.raises(InputRefusedError, match=r"m.pt: a tensor on data/0 .*repeats the 32 bytes .*expected at most"):
+        graph_of(tmp_path / "m.pt")
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage")
+def test_a_tensor_that_repeats_its_storage_a_little_is_read(tmp_path):
+    torch.save(placed(0, (2**18 + 16 * 8,), (0,)), tmp_path / "m.pt")
+    with TorchArchive(tmp_path / "m.pt") as archive:
+        assert load(archive).read().shape == (2**18 + 16 * 8,)
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage")
 def test_a_tensor_whose_checked_bounds_are_changed_afterwards_is_refused(tmp_path):
     attack = placed(0, (2,), (1,))
     attack.parts = (*attack.parts, {"shape": (9**9,)})

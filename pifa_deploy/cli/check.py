@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from pifa_deploy.cli import console
-from pifa_deploy.errors import ExitCode, InputRefusedError
+from pifa_deploy.errors import ExitCode
+
+if TYPE_CHECKING:
+    from pifa_deploy.verification import VerifyReport
 
 _COLUMNS = ("case", "positions", "max abs", "1 - cosine", "mean KL", "p99.9 KL", "top-1")
 
@@ -38,32 +42,32 @@ def verify_command(
     Exit code 1 when a gate fails, 3 when the installed ONNX Runtime cannot run the graph.
     """
     from pifa_deploy.onnx_folder import open_folder
-    from pifa_deploy.parity import DEFAULT_GATES
+    from pifa_deploy.parity import gates_for
     from pifa_deploy.verification import VerifyOptions, verify_folder
 
     asked = {"mean_kl": gate_mean_kl, "top1": gate_top1, "low_rank_ratio": gate_low_rank_ratio}
     given = {name: value for name, value in asked.items() if value is not None}
-    dtype = open_folder(onnx).dtype
-    if dtype not in DEFAULT_GATES:
-        raise InputRefusedError(f"{onnx}: its dtype is {dtype!r}, expected one of {', '.join(DEFAULT_GATES)}")
-    gates = replace(DEFAULT_GATES[dtype], **given)
+    gates = replace(gates_for(open_folder(onnx).dtype), **given)
     with console.stage(f"verify {onnx}"):
         report = verify_folder(onnx, reference, VerifyOptions(text=text, decode_steps=decode_steps, gates=gates))
-    console.result(report.to_json(), json_path)
-    if str(json_path) != "-":
-        shown = [*report.cases, report.overall]
-        if report.low_rank:
-            shown.append(replace(report.low_rank, name="low-rank, same dtype"))
-        rows = [
-            (case.name, case.positions, case.max_abs, 1 - case.cosine, case.mean_kl, case.p999_kl, case.top1)
-            for case in shown
-        ]
-        click.echo(console.table(_COLUMNS, rows))
+    if console.result(report.to_json(), json_path):
+        click.echo(_parity_table(report))
     for gate in report.verdict.gates:
         mark = "passed" if gate.passed else "FAILED"
         click.echo(f"{mark} {gate.name}: {console.number(gate.value)}, limit {console.number(gate.limit)}", err=True)
     console.summary(f"{onnx}: {report.dtype} {'equals' if report else 'does NOT equal'} {reference}", json_path)
     return ExitCode.PASSED if report else ExitCode.GATE_FAILED
+
+
+def _parity_table(report: VerifyReport) -> str:
+    shown = [*report.cases, report.overall]
+    if report.low_rank:
+        shown.append(replace(report.low_rank, name="low-rank, same dtype"))
+    rows = [
+        (case.name, case.positions, case.max_abs, 1 - case.cosine, case.mean_kl, case.p999_kl, case.top1)
+        for case in shown
+    ]
+    return console.table(_COLUMNS, rows)
 
 
 @click.command("evaluate")
@@ -90,8 +94,7 @@ def evaluate_command(
             model = load_model(checkpoint, dtype=torch.float32)
             rows.append((checkpoint, model.num_parameters(), len(windows), perplexity(model, windows)))
     columns = ("checkpoint", "parameters", "windows", "perplexity")
-    console.result({"rows": [dict(zip(columns, row, strict=True)) for row in rows]}, json_path)
-    if str(json_path) != "-":
+    if console.result({"rows": [dict(zip(columns, row, strict=True)) for row in rows]}, json_path):
         click.echo(console.table(columns, rows))
 
 
@@ -113,6 +116,5 @@ def generate_command(onnx: Path, prompt: str, max_new_tokens: int, chat: bool, j
         text = generate(
             OnnxRuntimeRunner(folder), load_tokenizer(folder.path), prompt, max_new_tokens=max_new_tokens, chat=chat
         )
-    console.result({"prompt": prompt, "text": text}, json_path)
-    if str(json_path) != "-":
+    if console.result({"prompt": prompt, "text": text}, json_path):
         click.echo(text)

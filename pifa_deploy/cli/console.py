@@ -82,16 +82,20 @@ def facts(values: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def result(value: Mapping[str, Any], json_path: Path | None) -> None:
-    """Writes a command's result as JSON where that was asked for ("-": standard output)."""
-    if json_path is None:
-        return
+def result(value: Mapping[str, Any], json_path: Path | None) -> bool:
+    """Writes a command's result as JSON where that was asked for; "-" is standard output.
+
+    Returns:
+        Whether standard output is still free for people to read.
+    """
     if str(json_path) == "-":
         click.echo(json.dumps(value, indent=2, sort_keys=True))
-        return
-    from pifa_deploy.output_folder import write_json
+        return False
+    if json_path is not None:
+        from pifa_deploy.output_folder import write_json
 
-    write_json(json_path, value)
+        write_json(json_path, value)
+    return True
 
 
 def summary(text: str, json_path: Path | None) -> None:

@@ -23,8 +23,7 @@ def demo_command(out: Path, density: float, force: bool, json_path: Path | None)
     from pifa_deploy.demo import COLUMNS, PROMPT, DemoOptions, run_demo
 
     report = run_demo(out, DemoOptions(density=density, force=force), console.stage)
-    console.result(report.to_json(), json_path)
-    if str(json_path) != "-":
+    if console.result(report.to_json(), json_path):
         for name, text in report.texts.items():
             click.echo(f"\n{name}: {PROMPT} {text}")
         click.echo()

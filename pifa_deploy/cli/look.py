@@ -17,8 +17,7 @@ def inspect_command(path: Path, json_path: Path | None) -> None:
     from pifa_deploy.inspection import inspect_path
 
     found = inspect_path(path)
-    console.result(found.to_json(), json_path)
-    if str(json_path) == "-":
+    if not console.result(found.to_json(), json_path):
         return
     click.echo(f"{path}: {found.kind}")
     click.echo(console.facts(found.facts))
@@ -34,8 +33,7 @@ def doctor_command(json_path: Path | None) -> None:
     from pifa_deploy.doctor import diagnose, rows
 
     diagnosis = diagnose()
-    console.result(diagnosis.to_json(), json_path)
-    if str(json_path) == "-":
+    if not console.result(diagnosis.to_json(), json_path):
         return
     found, able = rows(diagnosis)
     click.echo(console.table(("what", "found"), found))

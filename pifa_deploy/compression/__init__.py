@@ -21,7 +21,7 @@ from pifa_deploy.density import low_rank_rank_for_density, rank_for_density
 from pifa_deploy.errors import FactorizationError, InputRefusedError
 from pifa_deploy.factorization import factors_from_low_rank
 from pifa_deploy.linear import LowRankLinear, PifaLinear
-from pifa_deploy.model_folder import load_model, load_tokenizer, save_tokenizer, torch_dtype
+from pifa_deploy.model_folder import check_finite, load_model, load_tokenizer, save_tokenizer, torch_dtype
 from pifa_deploy.output_folder import new_folder
 from pifa_deploy.transformers_quantizer import attach
 
@@ -117,7 +117,8 @@ def compress_model(source: Path | str, target: Path | str, options: CompressOpti
             **asdict(options.windows),
         }
         record = attach(model, source=options.method, density=options.density, details=details)
-        model.to(torch_dtype(options.dtype)).save_pretrained(folder)
+        check_finite(model.to(torch_dtype(options.dtype)), str(source))
+        model.save_pretrained(folder)
         save_tokenizer(source, folder)
         validate(folder)
         dense_size = sum(spec.in_features * spec.out_features for spec in record.modules.values())

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -32,37 +31,49 @@ def input_moments(
         StageFailedError: a layer saw NaN or Inf, or was never called.
     """
     check_vocabulary(windows, model.get_input_embeddings().num_embeddings)
-    moments: dict[str, torch.Tensor] = {}
-    sharing: dict[str, str] = {}
-    last: list[Any] = [None, ""]
-
-    def hook(name: str) -> Any:
-        def collect(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-            x = inputs[0]
-            if x is last[0]:
-                sharing[name] = last[1]
-                return
-            last[:] = [x, name]
-            rows = x.detach().flatten(0, -2).float()
-            moment = (rows.T @ rows).double()
-            moments[name] = moments[name] + moment if name in moments else moment
-
-        return collect
-
-    handles = [layer.register_forward_pre_hook(hook(name)) for name, layer in layers.items()]
+    collector = _Collector()
+    handles = [layer.register_forward_pre_hook(collector.hook(name)) for name, layer in layers.items()]
     try:
         with torch.no_grad():
             batches = torch.split(windows, batch_size)
             for batch in tqdm(batches, desc="calibration", unit="batch", disable=None, leave=False):
                 model(input_ids=batch.to(model.device), use_cache=False, logits_to_keep=1)
-                last[:] = [None, ""]
+                collector.forget_last()
     finally:
         for handle in handles:
             handle.remove()
-    for name in layers:
-        owner = sharing.get(name, name)
-        if owner not in moments:
+    return {name: collector.moment(name) for name in layers}
+
+
+class _Collector:
+    """Sums X^T X per layer; a layer called with the very tensor of the one before it shares that one's sum."""
+
+    def __init__(self) -> None:
+        self._moments: dict[str, torch.Tensor] = {}
+        self._owners: dict[str, str] = {}
+        self._last: torch.Tensor | None = None
+        self._last_owner = ""
+
+    def hook(self, name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def collect(_: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            if inputs[0] is self._last:
+                self._owners[name] = self._last_owner
+                return
+            self._last, self._last_owner = inputs[0], name
+            rows = inputs[0].detach().flatten(0, -2).float()
+            moment = (rows.T @ rows).double()
+            self._moments[name] = self._moments[name] + moment if name in self._moments else moment
+
+        return collect
+
+    def forget_last(self) -> None:
+        """Lets go of the last input, whose identity means nothing beyond one forward pass."""
+        self._last = None
+
+    def moment(self, name: str) -> torch.Tensor:
+        found = self._moments.get(self._owners.get(name, name))
+        if found is None:
             raise StageFailedError(f"{name} was never called in calibration; leave it out")
-        if not bool(torch.isfinite(moments[owner]).all()):
+        if not bool(torch.isfinite(found).all()):
             raise StageFailedError(f"{name} saw NaN or Inf activations in calibration; check the model")
-    return {name: moments[sharing.get(name, name)] for name in layers}
+        return found

@@ -13,25 +13,42 @@ _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_toke
 _SETTINGS = ("model_max_length", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "chat_template")
 _HIDDEN_SETTINGS = ("add_bos_token", "add_eos_token")
 _MAX_DEPTH = 16
+_MAX_ITEMS = 100_000
+_ITEM_CHARACTERS = 64
 
 
-def plain(value: Any, depth: int = 0) -> Any:
-    """Returns a JSON value equal to `value`; tuples and sets become lists, a dtype its name.
+class PlainCopier:
+    """Copies plain values and counts what it visits: shared lists in lists grow exponentially when written out."""
 
-    Raises:
-        TypeError: it holds anything else, or is nested deeper than any configuration.
-    """
-    if depth > _MAX_DEPTH:
-        raise TypeError(f"nested more than {_MAX_DEPTH} deep")
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if isinstance(value, torch.dtype):
-        return str(value).removeprefix("torch.")
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(item, depth + 1) for item in value]
-    if isinstance(value, dict) and all(isinstance(key, (str, int)) for key in value):
-        return {key: plain(item, depth + 1) for key, item in value.items()}
-    raise TypeError(f"found {value.origin if isinstance(value, InertRecord) else type(value).__name__}")
+    def __init__(self) -> None:
+        """Starts counting."""
+        self._visited = 0
+
+    def plain(self, value: Any, depth: int = 0) -> Any:
+        """Returns a JSON value equal to `value`; tuples and sets become lists, a dtype its name.
+
+        Raises:
+            TypeError: it holds anything else, is nested deeper or, with all values copied before and shared
+                parts counted each time, has more items than any configuration.
+        """
+        if depth > _MAX_DEPTH:
+            raise TypeError(f"nested more than {_MAX_DEPTH} deep")
+        self._visit(value)
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if isinstance(value, torch.dtype):
+            return str(value).removeprefix("torch.")
+        if isinstance(value, (list, tuple, set, frozenset)):
+            return [self.plain(item, depth + 1) for item in value]
+        if isinstance(value, dict) and all(isinstance(key, (str, int)) for key in value):
+            return {self.plain(key, depth + 1): self.plain(item, depth + 1) for key, item in value.items()}
+        raise TypeError(f"found {value.origin if isinstance(value, InertRecord) else type(value).__name__}")
+
+    def _visit(self, value: Any) -> None:
+        # A long text counts by its length: it too is written as often as it is referred to.
+        self._visited += 1 + (len(value) // _ITEM_CHARACTERS if isinstance(value, str) else 0)
+        if self._visited > _MAX_ITEMS:
+            raise TypeError(f"more than {_MAX_ITEMS} items when its shared parts are written out")
 
 
 def tokenizer_files(tokenizer: Any, notes: list[str]) -> dict[str, bytes]:

@@ -24,7 +24,7 @@ from pifa_deploy.factorization import (
     factors_from_low_rank,
 )
 from pifa_deploy.importers.assembly import ImportedModel, chosen_dtype, fill, linear_at, place, read_finite, skeleton
-from pifa_deploy.importers.pickled_tokenizer import plain, tokenizer_files
+from pifa_deploy.importers.pickled_tokenizer import PlainCopier, tokenizer_files
 from pifa_deploy.importers.restricted_pickle import InertRecord, load
 from pifa_deploy.importers.torch_archive import PickledTensor, TorchArchive
 
@@ -123,11 +123,13 @@ def _config_values(root: InertRecord, where: str) -> dict[str, Any]:
     """Returns the plain public values of the pickled configuration, with its model type."""
     config = root.attributes["config"]
     values: dict[str, Any] = {}
+    # One copier: its limit on what shared references expand to holds for the whole configuration.
+    copier = PlainCopier()
     for key, value in config.attributes.items():
         if not isinstance(key, str) or key.startswith("_"):
             continue
         try:
-            values[key] = plain(value)
+            values[key] = copier.plain(value)
         except TypeError as error:
             raise InputRefusedError(
                 f"{where}: config.{key} is no plain value ({error}); expected JSON values"

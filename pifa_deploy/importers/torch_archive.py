@@ -22,6 +22,9 @@ _LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _MAX_PICKLE_BYTES = 1 << 28
 _MAX_EXTENT = 1 << 62
 _CHUNK_BYTES = 1 << 24
+# A stride of 0 repeats elements; a view may be so many times its storage, and small ones anything below the slack.
+_MAX_REPEATS = 16
+_REPEAT_SLACK_BYTES = 1 << 20
 
 
 class TorchArchive:
@@ -187,7 +190,8 @@ def tensor_on(storage: Any, offset: Any, shape: Any, stride: Any) -> PickledTens
     """Places a tensor on a storage, as the file describes it.
 
     Raises:
-        InputRefusedError: not numbers, negative, too large, or some element lies outside the storage.
+        InputRefusedError: not numbers, negative, too large, some element lies outside the storage, or strides of 0
+            make it far larger than the storage.
     """
     if not isinstance(storage, PickledStorage):
         raise TypeError(f"a tensor lies on a {type(storage).__name__}, expected a storage")
@@ -205,6 +209,12 @@ def tensor_on(storage: Any, offset: Any, shape: Any, stride: Any) -> PickledTens
         raise InputRefusedError(
             f"{where} with size {shape}, stride {stride}, offset {offset} reaches element {last}, "
             f"expected less than the {storage.numel} elements of the storage"
+        )
+    bytes_asked, bytes_held = elements * storage.dtype.itemsize, storage.numel * storage.dtype.itemsize
+    if bytes_asked > _MAX_REPEATS * bytes_held + _REPEAT_SLACK_BYTES:
+        raise InputRefusedError(
+            f"{where} with size {shape}, stride {stride} repeats the {bytes_held} bytes of the storage into "
+            f"{bytes_asked}, expected at most {_MAX_REPEATS} times as many; save a tensor without strides of 0"
         )
     storage.archive.count_use(storage.key)
     return PickledTensor(storage=storage, offset=offset, shape=shape, stride=stride)
