@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import logging
 import warnings
@@ -151,7 +152,7 @@ def graph_from_model(model: PreTrainedModel) -> ir.Model:
     bias_inside = all(layer.bias is not None for layer in layers.values())
     inputs, outputs, _ = interface(model.config)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), _collector_paused(), torch.no_grad():
             program = _exported(model)
             onnx_program = torch.onnx.export(
                 program,
@@ -230,6 +231,19 @@ def _name_after_modules(model: ir.Model, modules: set[str], tied: Mapping[str, s
             node.name = node.inputs[1].name.removesuffix(".pivot_weight")
             if node.name not in modules:
                 raise ExportError(f"node {node.name} leads back to no PifaLinear module")
+
+
+@contextlib.contextmanager
+def _collector_paused() -> Iterator[None]:
+    """Pauses Python's garbage collector: tracing makes millions of objects that live, a quarter of its time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+        gc.collect()
 
 
 @contextlib.contextmanager

@@ -174,7 +174,9 @@ def _compare(folder: Path, options: DemoOptions, stage: Stage) -> tuple[tuple[tu
     runners = {variant: OnnxRuntimeRunner(open_folder(folder / f"onnx-{variant}-fp32")) for variant in VARIANTS}
     with stage(f"latency: prefill {PREFILL_TOKENS}, decode at {PREFILL_TOKENS}, interleaved"):
         prefill = side_by_side({name: prefill_call(runner, PREFILL_TOKENS) for name, runner in runners.items()})
-        decode = side_by_side({name: decode_call(runner, PREFILL_TOKENS) for name, runner in runners.items()})
+        decode = side_by_side(
+            {name: decode_call(runner, PREFILL_TOKENS) for name, runner in runners.items()}, rounds=60
+        )
     with stage("generate"):
         tokenizer = load_tokenizer(folder / "dense")
         texts = {name: generate(runners[name], tokenizer, PROMPT, chat=False) for name in ("dense", "pifa")}

@@ -62,6 +62,8 @@ class PifaQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         for module in model.modules():
             if isinstance(module, PifaLinear):
+                # Integers are not cast: as views of the mapped file they would keep all of it in memory.
+                module.pivot_rows = module.pivot_rows.clone()
                 module.derive_output_index()
         unset = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
         if unset:
