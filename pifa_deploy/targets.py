@@ -1,7 +1,6 @@
 """GPUs: those known by name, which TensorRT serves them, and those in this machine.
 
-Figures are from NVIDIA's public datasheets and architecture whitepapers; what those do not state
-plainly is None. Compute capabilities: https://developer.nvidia.com/cuda-gpus.
+Compute capabilities: https://developer.nvidia.com/cuda-gpus.
 """
 
 from __future__ import annotations
@@ -39,27 +38,16 @@ class Target:
         name: what `--target` takes.
         title: product name.
         compute_capability: "major.minor".
-        memory_bandwidth_gb_s: peak DRAM bandwidth in 1e9 bytes per second.
-        fp16_tflops: peak dense FP16 tensor-core rate with FP32 accumulation in 1e12 operations per second.
     """
 
     name: str
     title: str
     compute_capability: str
-    memory_bandwidth_gb_s: float | None = None
-    fp16_tflops: float | None = None
 
     @property
     def flavours(self) -> tuple[str, ...]:
         """Backends that build engines for this GPU."""
         return backends_for(self.compute_capability)
-
-    def roofline_ms(self, *, bytes_moved: float, flops: float = 0.0) -> float | None:
-        """Returns the least time in ms that the memory and the tensor cores allow, None without a bandwidth."""
-        if self.memory_bandwidth_gb_s is None:
-            return None
-        memory = bytes_moved / (self.memory_bandwidth_gb_s * 1e6)
-        return memory if self.fp16_tflops is None else max(memory, flops / (self.fp16_tflops * 1e9))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,40 +60,35 @@ class LocalGpu:
     memory_mib: int | None = None
 
 
-def _targets(*rows: tuple[str, str, str, float | None, float | None]) -> dict[str, Target]:
-    return {
-        name: Target(
-            name=name, title=title, compute_capability=capability, memory_bandwidth_gb_s=gb_s, fp16_tflops=tflops
-        )
-        for name, title, capability, gb_s, tflops in rows
-    }
+def _targets(*rows: tuple[str, str, str]) -> dict[str, Target]:
+    return {name: Target(name=name, title=title, compute_capability=capability) for name, title, capability in rows}
 
 
 TARGETS = _targets(
-    ("xavier-nx", "Jetson Xavier NX", "7.2", 59.7, None),
-    ("agx-xavier", "Jetson AGX Xavier", "7.2", 136.5, None),
-    ("orin-nano", "Jetson Orin Nano 8GB (Super mode)", "8.7", 102.0, None),
-    ("orin-nx", "Jetson Orin NX 16GB", "8.7", 102.4, None),
-    ("agx-orin", "Jetson AGX Orin 64GB", "8.7", 204.8, None),
-    ("thor", "Jetson AGX Thor (T5000)", "11.0", 273.0, None),
-    ("dgx-spark", "DGX Spark (GB10)", "12.1", 273.0, None),
-    ("rtx2080ti", "GeForce RTX 2080 Ti", "7.5", 616.0, None),
-    ("rtx3060", "GeForce RTX 3060 12GB", "8.6", 360.0, None),
-    ("rtx3080", "GeForce RTX 3080 10GB", "8.6", 760.0, None),
-    ("rtx3090", "GeForce RTX 3090", "8.6", 936.0, 71.0),
-    ("rtx4060", "GeForce RTX 4060", "8.9", 272.0, None),
-    ("rtx4070", "GeForce RTX 4070", "8.9", 504.0, None),
-    ("rtx4090", "GeForce RTX 4090", "8.9", 1008.0, 165.2),
-    ("rtx5070", "GeForce RTX 5070", "12.0", 672.0, None),
-    ("rtx5080", "GeForce RTX 5080", "12.0", 960.0, None),
-    ("rtx5090", "GeForce RTX 5090", "12.0", 1792.0, 209.5),
-    ("a2", "A2", "8.6", 200.0, 18.0),
-    ("l4", "L4", "8.9", 300.0, 121.0),
-    ("a6000", "RTX A6000", "8.6", 768.0, 154.8),
-    ("a100", "A100 80GB SXM", "8.0", 2039.0, 312.0),
-    ("h100", "H100 SXM", "9.0", 3350.0, 989.0),
-    ("h200", "H200 SXM", "9.0", 4800.0, 989.0),
-    ("b200", "B200", "10.0", 8000.0, None),
+    ("xavier-nx", "Jetson Xavier NX", "7.2"),
+    ("xavier-agx", "Jetson AGX Xavier", "7.2"),
+    ("orin-nano", "Jetson Orin Nano 8GB (Super mode)", "8.7"),
+    ("orin-nx", "Jetson Orin NX 16GB", "8.7"),
+    ("orin-agx", "Jetson AGX Orin 64GB", "8.7"),
+    ("thor", "Jetson AGX Thor (T5000)", "11.0"),
+    ("dgx-spark", "DGX Spark (GB10)", "12.1"),
+    ("rtx2080ti", "GeForce RTX 2080 Ti", "7.5"),
+    ("rtx3060", "GeForce RTX 3060 12GB", "8.6"),
+    ("rtx3080", "GeForce RTX 3080 10GB", "8.6"),
+    ("rtx3090", "GeForce RTX 3090", "8.6"),
+    ("rtx4060", "GeForce RTX 4060", "8.9"),
+    ("rtx4070", "GeForce RTX 4070", "8.9"),
+    ("rtx4090", "GeForce RTX 4090", "8.9"),
+    ("rtx5070", "GeForce RTX 5070", "12.0"),
+    ("rtx5080", "GeForce RTX 5080", "12.0"),
+    ("rtx5090", "GeForce RTX 5090", "12.0"),
+    ("a2", "A2", "8.6"),
+    ("l4", "L4", "8.9"),
+    ("a6000", "RTX A6000", "8.6"),
+    ("a100", "A100 80GB SXM", "8.0"),
+    ("h100", "H100 SXM", "9.0"),
+    ("h200", "H200 SXM", "9.0"),
+    ("b200", "B200", "10.0"),
 )
 
 

@@ -562,7 +562,7 @@ def test_an_orin_is_not_served_by_tensorrt_rtx(onnx_folder: Path, tmp_path: Path
         onnx_folder,
         tmp_path / "out",
         "--target",
-        "agx-orin",
+        "orin-agx",
     )
 
 

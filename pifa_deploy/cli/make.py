@@ -107,7 +107,7 @@ def export_command(checkpoint: str, out: Path, json_path: Path | None, **options
 @click.argument("onnx", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--backend", type=click.Choice(["tensorrt-rtx", "tensorrt"]), default="tensorrt-rtx", show_default=True)
-@click.option("--target", "targets", multiple=True, help="GPU by name (rtx4090, agx-orin, ...); may be repeated.")
+@click.option("--target", "targets", multiple=True, help="GPU by name (rtx4090, orin-agx, ...); may be repeated.")
 @click.option("--compute-capabilities", default="", help="Comma-separated, e.g. 8.6,8.9,12.0.")
 @click.option("--max-batch-size", type=int, default=1, show_default=True)
 @click.option("--max-input-len", type=int, default=512, show_default=True, help="Most tokens in one call.")
