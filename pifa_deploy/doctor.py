@@ -101,7 +101,7 @@ def judge(packages: Mapping[str, str | None], gpus: tuple[LocalGpu, ...]) -> tup
     return (
         _needs("compress", packages, ("torch", "transformers", "safetensors"), "pifa-deploy"),
         _needs("export", packages, ("torch", "transformers", "onnx", "onnx_ir", "onnxscript"), "pifa-deploy"),
-        _needs("verify", packages, ("torch", "onnx", "onnxruntime"), "pifa-deploy[cpu]"),
+        _needs("verify", packages, ("torch", "transformers", "onnx", "onnxruntime"), "pifa-deploy[cpu]"),
         _needs(f"build {RTX}", packages, ("tensorrt_rtx", "polygraphy"), "pifa-deploy[rtx]", "no GPU is needed"),
         _build_on_gpu(packages, gpus),
         _RUN_ENGINE,

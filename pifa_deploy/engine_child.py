@@ -20,7 +20,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-RTX = "tensorrt-rtx"
+from pifa_deploy.targets import RTX
+
 _PR_SET_PDEATHSIG = 1
 _FUNCTION_NODE = re.compile(r"\| ([^|\]]+) \(PifaLinear\)\]")
 

@@ -92,7 +92,7 @@ def attach_function_body(model: ir.Model) -> None:
     nodes = pifa_nodes(model)
     if not nodes:
         return
-    index = nodes[0].inputs[op_spec.INPUTS.index("output_index")]
+    index = nodes[0].inputs[op_spec.INPUTS.index(op_spec.INDEX_INPUT)]
     if index is None or index.shape is None:
         raise ExportError(f"{nodes[0].name}: output_index has no static shape")
     body = function_body(gather=index.shape[0] != 0, bias=len(nodes[0].inputs) > len(op_spec.INPUTS))
@@ -110,8 +110,8 @@ def simplify(model: ir.Model) -> None:
     """Folds small constants, merges equal nodes and drops what is unused.
 
     Weights stay one tensor each, under their own names. onnxscript's `optimize_ir` is not used: it would store
-    weights as anonymous transposed copies, and its pattern rewriter is quadratic in the nodes (40 s for a
-    30-layer decoder) while it finds nothing here that a runtime does not.
+    weights as anonymous transposed copies, and its pattern rewriter is quadratic in the nodes: 40 s for a
+    30-layer decoder, to remove slices that select everything.
     """
     weights = set(model.graph.initializers.values())
 

@@ -33,6 +33,11 @@ class Step:
     attention_mask: IntArray
     position_ids: IntArray
 
+    @property
+    def starts(self) -> bool:
+        """Whether the step reads from the first token on, with nothing in the cache."""
+        return self.attention_mask.shape == self.input_ids.shape
+
     @classmethod
     def after(cls, past: int, ids: IntArray) -> Step:
         """Returns the step of one sequence that reads tokens [sequence] behind `past` others, none of them padding."""

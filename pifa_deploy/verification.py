@@ -120,7 +120,7 @@ def measure(
     steps = list(cases(ids, options))
     caches: list[Any] = [None, None, None]
     for name, inputs in tqdm(steps, desc="verify", unit="step", disable=None, leave=False):
-        if not name.startswith("decode"):
+        if inputs.starts:
             caches = [None, None, None]
         expected, caches[0] = reference.step(inputs, caches[0])
         logits, caches[1] = candidate.step(inputs, caches[1])

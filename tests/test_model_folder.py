@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,15 @@ def test_a_tensor_left_over_is_named(tmp_path: Path, dense: Path) -> None:
 
     save_file(held, folder / SINGLE, metadata={"format": "pt"})
     with pytest.raises(InputRefusedError, match=r"unexpected keys: model\.layers\.7\.spare \(1 in all\)"):
+        load_model(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("field", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+def test_a_kernel_from_a_hub_is_refused_and_never_fetched(tmp_path: Path, dense: Path, field: str) -> None:
+    folder = shutil.copytree(dense, tmp_path / "dense")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, field: "someone/kernel"}))
+    with pytest.raises(InputRefusedError, match=rf"config\.json: {field} is 'someone/kernel', code from a hub"):
         load_model(folder, dtype=torch.float32)
 
 
