@@ -1,9 +1,11 @@
-"""build.log: what the builder said, and what can be told from it when it failed."""
+"""build.log: what the builder said, and what can be told of a build that failed."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -28,6 +30,18 @@ def last_lines(log: Path) -> str:
     lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith(("[E]", "[!]"))]
     return " | ".join(line[:300] for line in (errors or lines)[-_LAST_LINES:]) or "none, it said nothing"
+
+
+def cause(status: int) -> str:
+    """Returns what ended a build process that left no engine; a negative status is a signal."""
+    if status >= 0:
+        return f"the build process ended with status {status} and without an engine"
+    name = f"signal {-status}"
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-status).name
+    out_of_memory = name == "SIGKILL"
+    advice = " (the system kills so when memory runs out: free some, or lower --max-cache-len)" if out_of_memory else ""
+    return f"the build process died of {name}{advice}"
 
 
 def remove_paths(log: Path, names: Mapping[str, str]) -> None:

@@ -171,20 +171,19 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     """Returns tensor name -> safetensors file of a (sharded) model folder; every header is parsed.
 
     Raises:
-        InputRefusedError: no weights, a file cut short, a shard path that leaves the folder, or a tensor
-            that is not where the index says.
+        InputRefusedError: no weights, a file cut short, a shard outside the folder, a tensor not where the index says.
     """
     index = folder / _INDEX
     # Where both stand, transformers loads the single file: what is checked must be what is loaded.
     if (folder / _SINGLE).is_file():
-        return dict.fromkeys(_header(folder / _SINGLE), folder / _SINGLE)
+        return dict.fromkeys(tensor_names(folder / _SINGLE), folder / _SINGLE)
     if not index.is_file():
         raise InputRefusedError(f"{folder}: has neither {_SINGLE} nor {_INDEX}; the checkpoint is incomplete")
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise InputRefusedError(f"{index}: weight_map is missing; the checkpoint is incomplete")
     shards = {str(shard): _inside(folder, shard, index) for shard in weight_map.values()}
-    headers = {shard: _header(path) for shard, path in shards.items()}
+    headers = {shard: tensor_names(path) for shard, path in shards.items()}
     for name, shard in weight_map.items():
         if name not in headers[shard]:
             raise InputRefusedError(f"{index}: {name} should be in {shard}, which does not hold it")
@@ -204,7 +203,8 @@ def _inside(folder: Path, shard: Any, index: Path) -> Path:
     return path
 
 
-def _header(path: Path) -> list[str]:
+def tensor_names(path: Path) -> list[str]:
+    """Returns the names in a safetensors file; raises InputRefusedError when its header cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             return list(file.keys())

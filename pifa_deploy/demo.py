@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from pifa_deploy.calibration import (
-    CALIBRATION_TEXT,
     HELD_OUT_TEXT,
+    MIXTURE,
+    OTHER_DOMAIN_TEXT,
     CalibrationOptions,
     even_windows,
     packaged_text,
@@ -43,7 +44,8 @@ COLUMNS = (
     "fp32 on this CPU",
     "parameters",
     "ONNX MB",
-    "perplexity",
+    "novel ppl",
+    "scripture ppl",
     "prefill 128 ms",
     "spread",
     "x dense",
@@ -61,13 +63,13 @@ class DemoOptions:
 
     Attributes:
         density: of every factorised linear, for PIFA and for the low-rank baseline.
-        calibration: windows of the packaged calibration text.
-        evaluation_windows: windows of 512 held-out tokens for perplexity.
+        calibration: windows of the packaged mixture of texts.
+        evaluation_windows: windows of 512 tokens for perplexity, of a held-out novel and of a text of another domain.
         force: replace an existing demo folder.
     """
 
     density: float = 0.7
-    calibration: CalibrationOptions = field(default_factory=lambda: CalibrationOptions(samples=32))
+    calibration: CalibrationOptions = field(default_factory=lambda: CalibrationOptions(samples=32, sequence_length=512))
     evaluation_windows: int = 10
     force: bool = False
 
@@ -160,7 +162,7 @@ def _make_variants(model: Path, folder: Path, options: DemoOptions, stage: Stage
     with stage("load the model from GGUF"):
         _save_dense(model, folder / "dense")
     for variant in VARIANTS[1:]:
-        with stage(f"compress to {variant}, whitened, density {options.density}"):
+        with stage(f"compress to {variant}, MPIFA, density {options.density}"):
             _compress(folder, variant, options)
     for variant, dtype in (("dense", "fp32"), ("lowrank", "fp32"), ("pifa", "fp32"), ("pifa", "fp16")):
         with stage(f"export {variant} {dtype}"):
@@ -192,22 +194,29 @@ def _compress(folder: Path, variant: str, options: DemoOptions) -> None:
     chosen = CompressOptions(
         density=options.density,
         format=variant,
-        calibration=(packaged_text(CALIBRATION_TEXT),),
+        method="mpifa",
+        calibration=(MIXTURE,),
         windows=options.calibration,
     )
     compress_model(folder / "dense", folder / variant, chosen)
 
 
-def _score(folder: Path, variant: str, options: DemoOptions) -> tuple[int, float]:
-    ids = token_ids(read_texts([packaged_text(HELD_OUT_TEXT)]), load_tokenizer(folder / variant))
+def _score(folder: Path, variant: str, options: DemoOptions) -> tuple[int, float, float]:
+    """Returns parameters, and perplexity on a held-out novel and on a text of another domain."""
+    tokenizer = load_tokenizer(folder / variant)
     model = load_model(folder / variant, dtype=torch.float32)
-    return model.num_parameters(), perplexity(model, even_windows(ids, 512, options.evaluation_windows))
+    texts = (read_texts([packaged_text(name)]) for name in (HELD_OUT_TEXT, OTHER_DOMAIN_TEXT))
+    windows = (even_windows(token_ids(text, tokenizer), 512, options.evaluation_windows) for text in texts)
+    novel, other = (perplexity(model, part) for part in windows)
+    return model.num_parameters(), novel, other
 
 
-def _row(folder: Path, variant: str, score: tuple[int, float], prefill: Timing, decode: Timing) -> tuple[Any, ...]:
+def _row(
+    folder: Path, variant: str, score: tuple[int, float, float], prefill: Timing, decode: Timing
+) -> tuple[Any, ...]:
     size = open_folder(folder / f"onnx-{variant}-fp32").weight_bytes() / 1e6
     times = [figure for timing in (prefill, decode) for figure in (timing.median_ms, timing.spread, timing.ratio)]
-    return (variant, score[0], round(size, 1), score[1], *times)
+    return (variant, score[0], round(size, 1), *score[1:], *times)
 
 
 def _parity_line(report: VerifyReport) -> str:

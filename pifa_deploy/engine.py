@@ -7,11 +7,9 @@ to 2.7 s and the same 113 MB for each alone. TensorRT builds for the GPU of this
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -19,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pifa_deploy.build_log import BUILD_LOG, last_lines, met_full_disk, remove_paths
+from pifa_deploy.build_log import BUILD_LOG, cause, last_lines, met_full_disk, remove_paths
 from pifa_deploy.digest import file_sha256
 from pifa_deploy.engine_record import ENGINE_JSON, EngineFile, EngineRecord, histogram, layers_in_log, memory_in_log
 from pifa_deploy.errors import (
@@ -37,6 +35,7 @@ from pifa_deploy.targets import BACKENDS, RTX, RTX_DEFAULT, capabilities, local_
 ENGINE = "model.engine"
 _SPEC = "spec.json"
 _RESULT = "result.json"
+SPARSITY = ("auto", "enable", "disable")
 _MODULES = {RTX: ("tensorrt_rtx", "pifa-deploy[rtx]"), "tensorrt": ("tensorrt", "pifa-deploy[tensorrt]")}
 
 
@@ -53,6 +52,9 @@ class BuildOptions:
         max_input_len: most tokens in one call (the prompt).
         max_cache_len: most tokens in the cache before a call.
         tf32: let float32 products round their inputs to TF32. Off, so that float32 means float32.
+        sparsity: whether the builder may use 2:4 sparse kernels: "enable", "disable", or "auto", which enables them
+            where the ONNX folder records 2:4-pruned weights. Built on a CPU, a TensorRT-RTX engine has the same size
+            and layers either way: it stores the zeros, and what is gained shows on a GPU only.
         plugin_library: PifaLinear plugin to load before parsing; without it the function body is built.
         force: replace an existing engine folder.
     """
@@ -64,6 +66,7 @@ class BuildOptions:
     max_input_len: int = 512
     max_cache_len: int = 512
     tf32: bool = False
+    sparsity: str = "auto"
     plugin_library: Path | None = None
     force: bool = False
 
@@ -75,6 +78,8 @@ class BuildOptions:
                 raise ValueError(f"{name} is {value!r}, expected a positive integer")
         if self.backend not in BACKENDS:
             raise ValueError(f"backend is {self.backend!r}, expected one of {', '.join(BACKENDS)}")
+        if self.sparsity not in SPARSITY:
+            raise ValueError(f"sparsity is {self.sparsity!r}, expected one of {', '.join(SPARSITY)}")
         capabilities(self.targets, self.compute_capabilities, backend=self.backend)
 
     def to_json(self) -> dict[str, Any]:
@@ -115,12 +120,13 @@ def build_engines(onnx: Path | str, out: Path | str, options: BuildOptions) -> E
             "profile": profile,
             "compute_capabilities": built_for,
             "tf32": options.tf32,
+            "sparse_weights": _sparse_weights(options, source),
             "plugin_library": str(options.plugin_library.resolve()) if options.plugin_library else None,
             "engine": ENGINE,
             "result": _RESULT,
         }
         result = _run_child(spec, folder, out)
-        record = _record(source, options, built_for, profile, result, folder)
+        record = _record(source, options, spec, result, folder)
         write_json(folder / ENGINE_JSON, record.to_json())
     out.with_name(f"{out.name}.{BUILD_LOG}").unlink(missing_ok=True)
     return record
@@ -235,7 +241,7 @@ def _run_child(spec: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
         return result
     kept = out.with_name(f"{out.name}.{BUILD_LOG}")
     log.replace(kept)
-    raise BuildError(f"{_cause(status)}; last lines: {last_lines(kept)}; the whole log is {kept}")
+    raise BuildError(f"{cause(status)}; last lines: {last_lines(kept)}; the whole log is {kept}")
 
 
 def _wait(command: list[str], *, cwd: Path, env: dict[str, str], stream: Any) -> int:
@@ -249,25 +255,14 @@ def _wait(command: list[str], *, cwd: Path, env: dict[str, str], stream: Any) ->
             child.wait()
 
 
-def _cause(status: int) -> str:
-    if status >= 0:
-        return f"the build process ended with status {status} and without an engine"
-    name = f"signal {-status}"
-    with contextlib.suppress(ValueError):
-        name = signal.Signals(-status).name
-    out_of_memory = name == "SIGKILL"
-    advice = " (the system kills so when memory runs out: free some, or lower --max-cache-len)" if out_of_memory else ""
-    return f"the build process died of {name}{advice}"
+def _sparse_weights(options: BuildOptions, source: OnnxFolder) -> bool:
+    return source.sparsity is not None if options.sparsity == "auto" else options.sparsity == "enable"
 
 
 def _record(
-    source: OnnxFolder,
-    options: BuildOptions,
-    built_for: tuple[str, ...],
-    profile: dict[str, dict[str, tuple[int, ...]]],
-    result: dict[str, Any],
-    folder: Path,
+    source: OnnxFolder, options: BuildOptions, spec: dict[str, Any], result: dict[str, Any], folder: Path
 ) -> EngineRecord:
+    built_for: tuple[str, ...] = spec["compute_capabilities"]
     log = (folder / BUILD_LOG).read_text(encoding="utf-8", errors="replace")
     engine = folder / ENGINE
     files = (source.model_path.name, *external_files(source.model))
@@ -281,13 +276,14 @@ def _record(
         onnx_sha256={name: file_sha256(source.path / name) for name in files},
         compute_capabilities=built_for,
         targets=options.targets,
-        profiles=(profile,),
+        profiles=(spec["profile"],),
         layers=layers,
         precision_histogram=histogram(layers),
         network=result["network"],
         memory=memory_in_log(log),
         engines=(file,),
         options=options.to_json(),
+        sparse_weights=spec["sparse_weights"],
         seconds=result["seconds"],
         peak_rss_bytes=result["peak_rss_bytes"],
     )

@@ -31,8 +31,8 @@ def main(spec_path: str) -> None:
 
     Args:
         spec_path: JSON object with "backend", "onnx" (path), "profile" (input -> min, opt, max),
-            "compute_capabilities" (RTX only), "tf32", "plugin_library" (path or null), "engine" and
-            "result" (files to write).
+            "compute_capabilities" (RTX only), "tf32", "sparse_weights", "plugin_library" (path or null),
+            "engine" and "result" (files to write).
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
@@ -93,11 +93,11 @@ def _config(spec: dict[str, Any], trt: Any) -> Any:
     for name, points in spec["profile"].items():
         profile.add(name, min=tuple(points["min"]), opt=tuple(points["opt"]), max=tuple(points["max"]))
     if spec["backend"] != RTX:
-        return CreateConfig(profiles=[profile], tf32=spec["tf32"])
+        return CreateConfig(profiles=[profile], tf32=spec["tf32"], sparse_weights=spec["sparse_weights"])
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
     pairs = [tuple(map(int, capability.split("."))) for capability in spec["compute_capabilities"]]
-    create = CreateConfigRTX(profiles=[profile], compute_capabilities=pairs)
+    create = CreateConfigRTX(profiles=[profile], compute_capabilities=pairs, sparse_weights=spec["sparse_weights"])
 
     def set_tf32(builder: Any, network: Any, config: Any) -> None:
         # On by default, and CreateConfigRTX has no option for it.

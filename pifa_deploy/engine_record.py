@@ -15,12 +15,13 @@ from pifa_deploy.targets import BACKENDS
 
 ENGINE_JSON = "engine.json"
 SCHEMA = 1
-_TYPES: dict[str, type | tuple[type, ...]] = {
-    "seconds": (float, int),
-    "peak_rss_bytes": int,
-    "layers": list,
-    "profiles": list,
-    "targets": list,
+_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "seconds": ((float, int), "a number"),
+    "peak_rss_bytes": (int, "a number"),
+    "layers": (list, "a list"),
+    "profiles": (list, "a list"),
+    "targets": (list, "a list"),
+    "sparse_weights": (bool, "true or false"),
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
@@ -73,6 +74,7 @@ class EngineRecord:
         memory: bytes that the build log states: "activations", "weights", "scratch".
         engines: the engine files.
         options: the build options, without paths.
+        sparse_weights: whether the builder was allowed to use 2:4 sparse kernels.
         seconds: wall time of the build, parsing included.
         peak_rss_bytes: peak resident memory of the build process.
     """
@@ -89,6 +91,7 @@ class EngineRecord:
     memory: Mapping[str, int] = field(default_factory=dict)
     engines: tuple[EngineFile, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
+    sparse_weights: bool = False
     seconds: float
     peak_rss_bytes: int
 
@@ -109,8 +112,7 @@ class EngineRecord:
         _expect(value.get("backend") in BACKENDS, where, "backend", value.get("backend"), f"one of {BACKENDS}")
         for name in ("version", "onnx", "engines", "profiles", "compute_capabilities", "seconds", "peak_rss_bytes"):
             _expect(name in value, where, name, None, "a value")
-        for name, kind in _TYPES.items():
-            expected = "a number" if name in ("seconds", "peak_rss_bytes") else "a list"
+        for name, (kind, expected) in _TYPES.items():
             _expect(name not in value or isinstance(value[name], kind), where, name, value.get(name), expected)
         onnx = value["onnx"]
         sha256 = onnx.get("sha256") if isinstance(onnx, Mapping) else None
@@ -128,6 +130,7 @@ class EngineRecord:
             memory=_object(value, "memory", where),
             engines=_engines(value["engines"], where),
             options=_object(value, "options", where),
+            sparse_weights=value.get("sparse_weights", False),
             seconds=float(value["seconds"]),
             peak_rss_bytes=int(value["peak_rss_bytes"]),
         )

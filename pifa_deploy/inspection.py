@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from pifa_deploy.density import density_for_rank
 from pifa_deploy.engine_record import ENGINE_JSON, EngineRecord, read_engine_json
 from pifa_deploy.errors import InputMissingError, InputRefusedError
 from pifa_deploy.onnx_folder import MANIFEST_FILE, MODEL_FILE, OnnxFolder, open_folder
+from pifa_deploy.sparse_checkpoint import PATTERN, is_sparse, validate_sparsity
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,10 +30,10 @@ class Inspection:
     """What was found.
 
     Attributes:
-        kind: "checkpoint", "dense model", "onnx" or "engine".
+        kind: "checkpoint", "2:4 model", "dense model", "onnx" or "engine".
         facts: name -> value, in the order to show.
         columns: headings of `rows`.
-        rows: one per factorised module or engine.
+        rows: one per factorised or pruned module or engine.
     """
 
     kind: str
@@ -47,7 +48,7 @@ class Inspection:
 
 
 def inspect_path(path: Path | str) -> Inspection:
-    """Tells what a checkpoint, dense model, ONNX folder or engine folder holds.
+    """Tells what a checkpoint, dense or 2:4-pruned model, ONNX folder or engine folder holds.
 
     Raises:
         InputMissingError: no such path.
@@ -65,6 +66,8 @@ def inspect_path(path: Path | str) -> Inspection:
         raise InputRefusedError(
             f"{path}: is no checkpoint, ONNX folder or engine folder; expected config.json, model.onnx or engine.json"
         )
+    if is_sparse(folder):
+        return _sparse(folder)
     return _checkpoint(folder) if is_checkpoint(folder) else _dense(folder)
 
 
@@ -90,6 +93,44 @@ def _dense(folder: Path) -> Inspection:
     return Inspection(kind="dense model", facts=_model_facts(folder))
 
 
+def _sparse(folder: Path) -> Inspection:
+    record = validate_sparsity(folder)
+    zeros = _zeros(folder)
+    pruned = [zeros[f"{name}.weight"] for name in record.modules]
+    return Inspection(
+        kind="2:4 model",
+        facts={
+            **_model_facts(folder),
+            "pattern": PATTERN,
+            "method": record.method,
+            "modules": len(record.modules),
+            "module_zeros": _fraction(pruned),
+            "zeros": _fraction(zeros.values()),
+            "details": dict(record.details),
+        },
+        columns=("module", "out", "in", "zeros"),
+        rows=tuple(
+            (name, spec.out_features, spec.in_features, _fraction([zeros[f"{name}.weight"]]))
+            for name, spec in record.modules.items()
+        ),
+    )
+
+
+def _zeros(folder: Path) -> dict[str, tuple[int, int]]:
+    """Returns tensor name -> (zeros, numbers); reads one tensor at a time."""
+    counted = {}
+    for name, path in tensor_files(folder).items():
+        with safe_open(path, framework="pt") as file:
+            tensor = file.get_tensor(name)
+        counted[name] = (tensor.numel() - int(tensor.count_nonzero()), tensor.numel())
+    return counted
+
+
+def _fraction(counted: Iterable[tuple[int, int]]) -> float:
+    pairs = list(counted)
+    return round(sum(zeros for zeros, _ in pairs) / sum(numbers for _, numbers in pairs), 4)
+
+
 def _onnx(folder: OnnxFolder) -> Inspection:
     nodes = Counter(
         f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in folder.model.graph.node
@@ -105,12 +146,20 @@ def _onnx(folder: OnnxFolder) -> Inspection:
             "operators": dict(nodes.most_common()),
             "cache_layers": folder.cache_layers,
             "weight_bytes": folder.weight_bytes(),
+            "sparsity": _onnx_sparsity(folder),
             "source_sha256": folder.manifest.get("source_sha256"),
             "tools": folder.manifest.get("tools"),
         },
         columns=("module", "format", "rank", "out", "in", "density"),
         rows=tuple(_module_row(name, spec) for name, spec in modules.items()),
     )
+
+
+def _onnx_sparsity(folder: OnnxFolder) -> dict[str, Any] | None:
+    found = folder.sparsity
+    if found is None:
+        return None
+    return {"pattern": found["pattern"], "method": found["method"], "modules": len(found["modules"])}
 
 
 def _manifest_modules(folder: OnnxFolder) -> dict[str, ModuleSpec]:

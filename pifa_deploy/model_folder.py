@@ -25,6 +25,7 @@ from pifa_deploy.errors import (
     first_line,
 )
 from pifa_deploy.op_spec import DTYPE_FLAGS
+from pifa_deploy.sparse_checkpoint import is_sparse, validate_sparsity
 
 HUB_PREFIX = "hf:"
 _GGUF_MAGIC = b"GGUF"
@@ -52,23 +53,33 @@ def torch_dtype(flag: str) -> torch.dtype:
     return dtype
 
 
-def load_model(source: Path | str, *, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(source: Path | str, *, dtype: torch.dtype | None) -> PreTrainedModel:
     """Loads a causal LM on the CPU in eval mode, every tensor accounted for.
 
     Args:
-        source: a model folder (dense or PIFA checkpoint), a .gguf file, or "hf:ORG/NAME" for the hub.
-        dtype: dtype of all weights.
+        source: a model folder (dense, 2:4-pruned or PIFA checkpoint), a .gguf file, or "hf:ORG/NAME" for the hub.
+        dtype: dtype of all weights; as stored when None, and then the weights of a folder are views of its mapped
+            files, in memory only while they are read. A GGUF file has none but float32.
 
     Raises:
         InputMissingError: no such file or folder.
-        InputRefusedError: malformed, a tensor missing or left over, or a weight that is not finite in `dtype`.
+        InputRefusedError: malformed, a tensor missing or left over, a weight that is not finite in `dtype`, or one
+            that a 2:4-pruned model records as zero and is not.
         MissingCapabilityError: a GGUF file without the packages that read it.
     """
     place, options = _location(source)
+    if isinstance(place, Path) and "gguf_file" not in options and is_sparse(place):
+        validate_sparsity(place)
     with _quiet_loading(), _as_refusal(source):
         # Sizes that do not match are reported like the other keys; the loader's own error names no tensor.
+        stored = torch.float32 if "gguf_file" in options else "auto"
         model, info = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, use_safetensors=True, **options
+            place,
+            dtype=dtype or stored,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            use_safetensors=True,
+            **options,
         )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         names = sorted(_key_text(key) for key in info.get(kind) or ())

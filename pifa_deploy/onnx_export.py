@@ -17,6 +17,7 @@ from pifa_deploy.linear import LowRankLinear, PifaLinear
 from pifa_deploy.model_folder import HUB_PREFIX, load_model, save_tokenizer, torch_dtype
 from pifa_deploy.onnx_folder import DATA_FILE, MANIFEST_FILE, MODEL_FILE, SCHEMA
 from pifa_deploy.output_folder import new_folder, write_json
+from pifa_deploy.sparse_checkpoint import PATTERN, is_sparse, read_sparsity
 from pifa_deploy.transformers_quantizer import spec_of
 
 _INLINE_BYTES = 1024
@@ -64,7 +65,7 @@ class ExportSummary:
 
 
 def export_checkpoint(checkpoint: Path | str, target: Path | str, options: ExportOptions) -> ExportSummary:
-    """Writes the ONNX folder of a PIFA checkpoint or a dense model.
+    """Writes the ONNX folder of a PIFA checkpoint, a dense or a 2:4-pruned model.
 
     The same checkpoint, options and tool versions give the same bytes.
 
@@ -89,9 +90,12 @@ def export_checkpoint(checkpoint: Path | str, target: Path | str, options: Expor
         save_graph(graph, folder)
         tokenizer = save_tokenizer(checkpoint, folder)
         model.config.save_pretrained(folder)
-        write_json(
-            folder / MANIFEST_FILE, _manifest(model, folder, options, _modules(model, graph), _source_hash(checkpoint))
-        )
+        content = {
+            "modules": _modules(model, graph),
+            "sparsity": _sparsity(checkpoint, graph),
+            "source_sha256": _source_hash(checkpoint),
+        }
+        write_json(folder / MANIFEST_FILE, _manifest(model, folder, options) | content)
         onnx_passes.check(str(folder / MODEL_FILE))
         return ExportSummary(
             path=str(target),
@@ -111,13 +115,27 @@ def save_graph(graph: ir.Model, folder: Path) -> None:
 def _modules(model: PreTrainedModel, graph: ir.Model) -> dict[str, Any]:
     """Returns, for each factorised module, its spec and the initializers of the graph that hold it."""
     return {
-        name: {
-            **asdict(spec_of(module)),
-            "tensors": [tensor for tensor in graph.graph.initializers if tensor.rpartition(".")[0] == name],
-        }
+        name: {**asdict(spec_of(module)), "tensors": _tensors(name, graph)}
         for name, module in model.named_modules()
         if isinstance(module, (PifaLinear, LowRankLinear))
     }
+
+
+def _sparsity(checkpoint: Path | str, graph: ir.Model) -> dict[str, Any] | None:
+    """Returns what is known of a 2:4-pruned model, None for another.
+
+    Weights stay as they are in the checkpoint, [m, n] behind a Transpose, so that each four are neighbours still.
+    """
+    if not is_sparse(checkpoint):
+        return None
+    record = read_sparsity(checkpoint)
+    modules = {name: {**asdict(spec), "tensors": _tensors(name, graph)} for name, spec in record.modules.items()}
+    return {"pattern": PATTERN, "method": record.method, "modules": modules}
+
+
+def _tensors(module: str, graph: ir.Model) -> list[str]:
+    """Returns the initializers of the graph that hold a module's tensors."""
+    return [tensor for tensor in graph.graph.initializers if tensor.rpartition(".")[0] == module]
 
 
 def _source_hash(checkpoint: Path | str) -> str | None:
@@ -126,9 +144,8 @@ def _source_hash(checkpoint: Path | str) -> str | None:
     return model_sha256(Path(checkpoint))
 
 
-def _manifest(
-    model: PreTrainedModel, folder: Path, options: ExportOptions, modules: dict[str, Any], source: str | None
-) -> dict[str, Any]:
+def _manifest(model: PreTrainedModel, folder: Path, options: ExportOptions) -> dict[str, Any]:
+    """Returns pifa.json but for what it says of the checkpoint."""
     layers, kv_heads, head_dim = cache_shape(model.config)
     files = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
@@ -142,8 +159,6 @@ def _manifest(
         "op": {"domain": op_spec.DOMAIN, "type": op_spec.OP_TYPE, "version": op_spec.OP_VERSION},
         "opset": onnx_passes.OPSET,
         "cache": {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim},
-        "source_sha256": source,
-        "modules": modules,
         "files": files,
         "tools": {name: version(name) for name in _TOOLS},
     }

@@ -2,7 +2,8 @@
 
 pifa.json: {"schema": 1, "artefact": "onnx", "dtype": "fp16", "plain_ops": false, "op": {...}, "cache": {...},
 "source_sha256": "...", "modules": {name: {"rank", "in_features", "out_features", "format", "tensors": [...]}},
-"files": {name: {"bytes", "sha256"}}, "tools": {package: version}}
+"sparsity": null or {"pattern": "2:4", "method": "wanda", "modules": {name: {"in_features", "out_features",
+"tensors"}}}, "files": {name: {"bytes", "sha256"}}, "tools": {package: version}}
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from pifa_deploy import op_spec
 from pifa_deploy.checkpoint import read_json_object
 from pifa_deploy.errors import InputMissingError, InputRefusedError
+from pifa_deploy.sparse_checkpoint import PATTERN
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
@@ -51,6 +53,12 @@ class OnnxFolder:
     def dtype(self) -> str:
         """Weight dtype as the export flag says it: "fp32", "fp16" or "bf16"."""
         return str(self.manifest.get("dtype") or cache_dtype(self.model) or "fp32")
+
+    @property
+    def sparsity(self) -> Mapping[str, Any] | None:
+        """Pattern, method and modules of a 2:4-pruned model, None for another."""
+        found: Mapping[str, Any] | None = self.manifest.get("sparsity")
+        return found
 
     @property
     def cache_layers(self) -> int:
@@ -110,7 +118,20 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         )
     if not isinstance(manifest.get("source_sha256"), (str, type(None))):
         raise InputRefusedError(f"{file}: source_sha256 is {manifest['source_sha256']!r}, expected text or null")
+    sparsity = manifest.get("sparsity")
+    if sparsity is not None:
+        _check_sparsity(sparsity, f"{file}: sparsity")
     return manifest
+
+
+def _check_sparsity(value: Any, where: str) -> None:
+    found = value if isinstance(value, dict) else {}
+    if found.get("pattern") != PATTERN:
+        raise InputRefusedError(
+            f"{where} has the pattern {found.get('pattern')!r}, this program reads {PATTERN!r}; export again"
+        )
+    if not isinstance(found.get("method"), str) or not isinstance(found.get("modules"), dict):
+        raise InputRefusedError(f"{where} lacks its method or modules, expected text and an object; export again")
 
 
 def cache_dtype(model: onnx.ModelProto) -> str | None:

@@ -21,7 +21,7 @@ from pifa_deploy.op_spec import QUANT_METHOD
 
 # A folder whose files say none of this was not made by this program: --force does not replace it. (Any
 # config.json would not do: it also marks the dense model of the user.)
-ARTEFACT_FILES = ("pifa.json", "engine.json", "report.json")
+ARTEFACT_FILES = ("pifa.json", "engine.json", "report.json", "sparsity.json")
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_PLACE = (

@@ -104,7 +104,7 @@ class Outcome:
         return [line for line in self.err.splitlines() if line.startswith("error: ")]
 
     def failed(self, code: int, pattern: str) -> None:
-        """Asserts exit code, one error line that matches, no traceback, and nothing else but finished stages."""
+        """Asserts exit code, one error line that matches, no traceback, nothing else but stages, layers and notes."""
         assert self.code == code, self.err
         assert len(self.errors) == 1, self.err
         assert re.search(pattern, self.errors[0]), self.errors[0]
@@ -112,7 +112,7 @@ class Outcome:
         # transformers' bar while it saves: shown to people, and in a test process that was not started for a log file.
         lines = [line for line in self.err.splitlines() if line and not line.startswith("Writing model shards:")]
         others = [line for line in lines if line not in self.errors]
-        assert all(re.search(r": \d+\.\d s$", line) for line in others), self.err
+        assert all(re.search(r": \d+\.\d s$|^layer \d+/\d+: |^note: ", line) for line in others), self.err
 
 
 def content(folder: Path) -> dict[str, str]:

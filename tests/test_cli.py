@@ -200,17 +200,6 @@ def test_an_error_that_nobody_foresaw_is_one_line_too(
     pifa_deploy("inspect", dense).failed(ExitCode.STAGE_FAILED, expected)
 
 
-def test_the_evaluation_table_and_its_json_agree(
-    calls: dict[str, list[Any]], tmp_path: Path, pifa_deploy: Callable[..., Outcome]
-) -> None:
-    outcome = pifa_deploy("evaluate", *calls["evaluate"], "--json", tmp_path / "result.json")
-    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
-    assert [row["checkpoint"] for row in rows] == [str(place) for place in calls["evaluate"][:2]]
-    for row in rows:
-        line = next(line for line in outcome.out.splitlines() if line.startswith(f"{row['checkpoint']} "))
-        assert line.split()[1:] == [console.number(row[name]) for name in ("parameters", "windows", "perplexity")]
-
-
 def test_the_console_script_tells_refused_input_by_exit_code_and_one_line(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"not onnx at all")
     done = console_script("inspect", tmp_path, check=False)

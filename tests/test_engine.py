@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.util
+import json
 import os
 import shutil
 import signal
@@ -19,7 +20,9 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from decoder_fixtures import dense_decoder
 from onnx import TensorProto, helper, numpy_helper
+from sparse_fixtures import save_sparse
 
 from pifa_deploy import engine, op_spec
 from pifa_deploy.engine import BuildOptions, build_engines, input_dimensions, profile_shapes
@@ -37,6 +40,7 @@ from pifa_deploy.errors import (
     OutputError,
     OutputExistsError,
 )
+from pifa_deploy.onnx_export import ExportOptions, export_checkpoint
 from pifa_deploy.onnx_folder import open_folder
 from pifa_deploy.targets import LocalGpu
 
@@ -277,9 +281,46 @@ def test_the_tensorrt_path_is_the_same_code_with_the_other_module(
     monkeypatch.syspath_prepend(stand_in)
     monkeypatch.setenv("PYTHONPATH", str(stand_in))
     monkeypatch.setattr(engine, "local_gpus", lambda: (LocalGpu(name="L4", compute_capability="8.9"),))
-    record = build_engines(toy, toy.parent / "engine", BuildOptions(backend="tensorrt", targets=("l4",)))
+    options = BuildOptions(backend="tensorrt", targets=("l4",), sparsity="enable")
+    record = build_engines(toy, toy.parent / "engine", options)
+    assert "SPARSE_WEIGHTS" in _flags(toy.parent / "engine")
     assert (record.backend, record.version, record.compute_capabilities) == ("tensorrt", "10.14.1", ("8.9",))
     assert record.network["layers"] > 0
+
+
+def _flags(folder: Path) -> str:
+    """Returns what the builder says of its flags."""
+    (line,) = (line for line in (folder / "build.log").read_text().splitlines() if line.strip().startswith("Flags "))
+    return line
+
+
+@pytest.fixture(scope="module")
+def sparse_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 2:4-pruned decoder in float16 whose sizes are multiples of 32, as sparse kernels ask for."""
+    folder = tmp_path_factory.mktemp("sparse")
+    save_sparse(folder / "model", dense_decoder(hidden_size=64, intermediate_size=96, num_hidden_layers=1))
+    export_checkpoint(folder / "model", folder / "onnx", ExportOptions(dtype="fp16"))
+    return folder / "onnx"
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("sparsity", ["auto", "disable"])
+def test_a_sparse_model_is_built_with_sparse_weights_unless_they_are_disabled(
+    sparse_onnx: Path, tmp_path: Path, rtx: None, sparsity: str
+) -> None:
+    options = BuildOptions(targets=("rtx4090",), max_input_len=16, max_cache_len=16, sparsity=sparsity)
+    record = build_engines(sparse_onnx, tmp_path / "engine", options)
+    assert record == read_engine_json(tmp_path / "engine")
+    assert (record.sparse_weights, record.options["sparsity"]) == (sparsity == "auto", sparsity)
+    assert ("SPARSE_WEIGHTS" in _flags(tmp_path / "engine")) == (sparsity == "auto")
+    assert {layer.precision for layer in record.layers if layer.type == "gemm"} == {"Half"}
+
+
+@pytest.mark.tensorrt
+def test_a_model_without_such_a_record_is_built_without(built: tuple[Path, EngineRecord]) -> None:
+    out, record = built
+    assert (record.sparse_weights, record.options["sparsity"]) == (False, "auto")
+    assert "SPARSE_WEIGHTS" not in _flags(out)
 
 
 # --- a child that fails -----------------------------------------------------------------------------------------
@@ -470,6 +511,29 @@ def test_an_existing_output_needs_force(toy: Path, child: Callable[[str], None])
 # --- options and machine ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("sparsity", "recorded", "expected"),
+    [
+        ("auto", True, True),
+        ("auto", False, False),
+        ("enable", True, True),
+        ("enable", False, True),
+        ("disable", True, False),
+        ("disable", False, False),
+    ],
+)
+def test_sparse_weights_are_asked_for_as_the_option_and_the_onnx_folder_say(
+    toy: Path, child: Callable[[str], None], sparsity: str, recorded: bool, expected: bool
+) -> None:
+    record = {"pattern": "2:4", "method": "wanda", "modules": {}} if recorded else None
+    manifest = {"schema": 1, "artefact": "onnx", "dtype": "fp16", "source_sha256": None, "sparsity": record}
+    (toy / "pifa.json").write_text(json.dumps(manifest))
+    child(f"import shutil, sys; shutil.copy(sys.argv[1], {str(toy.parent / 'spec')!r}); raise SystemExit(1)")
+    with pytest.raises(BuildError):
+        build_engines(toy, toy.parent / "engine", BuildOptions(sparsity=sparsity))
+    assert json.loads((toy.parent / "spec").read_text())["sparse_weights"] is expected
+
+
 @pytest.mark.parametrize("name", ["max_batch_size", "max_input_len", "max_cache_len"])
 @pytest.mark.parametrize("value", [0, -1, True, 1.5])
 def test_a_size_below_one_is_refused(name: str, value: Any) -> None:
@@ -477,11 +541,13 @@ def test_a_size_below_one_is_refused(name: str, value: Any) -> None:
         BuildOptions(**{name: value})
 
 
-def test_options_refuse_unknown_targets_and_backends() -> None:
+def test_options_refuse_unknown_targets_backends_and_words() -> None:
     with pytest.raises(ValueError, match="target 'rtx9999' is unknown"):
         BuildOptions(targets=("rtx9999",))
     with pytest.raises(ValueError, match="backend is 'onnx'"):
         BuildOptions(backend="onnx")
+    with pytest.raises(ValueError, match="sparsity is 'force', expected one of auto, enable, disable"):
+        BuildOptions(sparsity="force")
     with pytest.raises(MisfitError, match=r"Orin Nano .*tensorrt-rtx does not serve"):
         BuildOptions(targets=("orin-nano",))
 

@@ -41,6 +41,9 @@ def test_a_record_survives_being_written_and_read(tmp_path: Path) -> None:
     record = read_engine_json(_write(tmp_path, RECORD))
     assert record.engines[0].bytes == 5
     assert EngineRecord.from_json(json.loads(json.dumps(record.to_json())), "again") == record
+    assert record.sparse_weights is False  # as folders of earlier versions have none
+    sparse = read_engine_json(_write(tmp_path, {**RECORD, "sparse_weights": True}))
+    assert EngineRecord.from_json(json.loads(json.dumps(sparse.to_json())), "again").sparse_weights is True
 
 
 @pytest.mark.parametrize(
@@ -60,6 +63,7 @@ def test_a_record_survives_being_written_and_read(tmp_path: Path) -> None:
         ({"layers": [{"name": "x"}]}, r"layers\[0\]: layer is"),
         ({"targets": 3}, r"targets is 3, expected a list"),
         ({"seconds": "1"}, r"seconds is '1', expected a number"),
+        ({"sparse_weights": 1}, r"sparse_weights is 1, expected true or false"),
     ],
 )
 def test_a_record_outside_the_contract_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:

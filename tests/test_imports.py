@@ -24,6 +24,7 @@ ORDER = [
     "factorization",
     "linear",
     "checkpoint",
+    "sparse_checkpoint",
     "digest",
     "transformers_quantizer",
     "transformers_hook",
@@ -46,13 +47,16 @@ ORDER = [
     "verification",
     "generation",
     "latency",
+    "contenders",
+    "evaluation_report",
+    "lm_eval_adapter",
     "doctor",
     "inspection",
     "demo",
     "cli",
 ]
 
-OPTIONAL_LIBRARIES = ["onnxruntime", "polygraphy", "tensorrt", "tensorrt_rtx", "gguf", "accelerate"]
+OPTIONAL_LIBRARIES = ["onnxruntime", "polygraphy", "tensorrt", "tensorrt_rtx", "gguf", "accelerate", "lm_eval"]
 
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys, traceback

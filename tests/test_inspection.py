@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
-from cli_fixtures import Outcome, change_config
+from cli_fixtures import Outcome, change_config, change_tensor
 from safetensors.torch import load_file
+from sparse_fixtures import UP_PROJ, save_sparse
 
 from pifa_deploy.checkpoint import validate
 from pifa_deploy.compression import CompressOptions, compress_model
@@ -21,6 +23,8 @@ from pifa_deploy.errors import InputMissingError, InputRefusedError
 from pifa_deploy.inspection import inspect_path
 
 pytest_plugins = ("cli_plugin",)
+
+RECORD = "sparsity.json"
 
 
 @pytest.fixture
@@ -88,6 +92,56 @@ def test_a_dense_model_is_told(dense: Path) -> None:
     assert found.facts["dtypes"] == {"F32": len(load_file(dense / "model.safetensors"))}
 
 
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sparse") / "model"
+    save_sparse(folder)
+    return folder
+
+
+def test_a_pruned_model_is_told_with_its_zeros(sparse: Path) -> None:
+    found, stored = inspect_path(sparse), load_file(sparse / "model.safetensors")
+    assert found.kind == "2:4 model"
+    assert (found.facts["pattern"], found.facts["method"], found.facts["modules"]) == ("2:4", "wanda", 14)
+    assert found.facts["tensors"] == len(stored)
+    assert found.facts["bytes"] == (sparse / "model.safetensors").stat().st_size
+    zeros = sum(int((tensor == 0).sum()) for tensor in stored.values())
+    assert found.facts["zeros"] == pytest.approx(zeros / sum(tensor.numel() for tensor in stored.values()), abs=5e-5)
+    assert found.facts["module_zeros"] == 0.5 > found.facts["zeros"] > 0.1
+    assert found.facts["details"] == {"samples": 8}
+    rows = {row["module"]: (row["out"], row["in"], row["zeros"]) for row in found.to_json()["rows"]}
+    expected = {
+        name: tuple(stored[f"{name}.weight"].shape) for name in json.loads((sparse / RECORD).read_text())["modules"]
+    }
+    assert rows == {name: (*shape, 0.5) for name, shape in expected.items()}
+
+
+def test_weights_that_are_zero_by_chance_count_too(sparse: Path, tmp_path: Path) -> None:
+    shutil.copytree(sparse, tmp_path / "out")
+    change_tensor(f"{UP_PROJ}.weight", lambda weight: weight * 0)(tmp_path / "out")
+    found = inspect_path(tmp_path / "out")
+    assert {row["module"]: row["zeros"] for row in found.to_json()["rows"]}[UP_PROJ] == 1
+    assert found.facts["module_zeros"] > 0.5
+
+
+def test_a_pruned_model_that_is_not_what_its_record_says_is_refused(sparse: Path, tmp_path: Path) -> None:
+    shutil.copytree(sparse, tmp_path / "out")
+    change_tensor(f"{UP_PROJ}.weight", lambda weight: weight + 1)(tmp_path / "out")
+    with pytest.raises(InputRefusedError, match=rf"{UP_PROJ}\.weight is 1 at row 0, input \d+, expected 0 outside"):
+        inspect_path(tmp_path / "out")
+
+
+@pytest.mark.parametrize("record", [None, {"pattern": "2:4", "method": "ria", "modules": {"a": {}, "b": {}}}])
+def test_an_onnx_folder_tells_the_sparsity_of_its_source(
+    record: dict[str, Any] | None, onnx_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(onnx_folder, tmp_path / "onnx")
+    manifest = json.loads((tmp_path / "onnx" / "pifa.json").read_text())
+    (tmp_path / "onnx" / "pifa.json").write_text(json.dumps(manifest | {"sparsity": record}))
+    expected = record and {"pattern": "2:4", "method": "ria", "modules": 2}
+    assert inspect_path(tmp_path / "onnx").facts["sparsity"] == expected
+
+
 def test_an_onnx_folder_is_told_by_its_graph(onnx_folder: Path, checkpoint: Path) -> None:
     found, model = inspect_path(onnx_folder), onnx.load(onnx_folder / "model.onnx")
     assert found.kind == "onnx"
@@ -115,7 +169,7 @@ def test_the_file_that_tells_the_kind_may_be_named_itself(
         assert inspect_path(folder / name) == inspect_path(folder)
 
 
-@pytest.mark.parametrize("make", ["checkpoint", "dense", "onnx_folder", "engine_folder"])
+@pytest.mark.parametrize("make", ["checkpoint", "dense", "sparse", "onnx_folder", "engine_folder"])
 def test_table_and_json_say_the_same(
     make: str, request: pytest.FixtureRequest, tmp_path: Path, pifa_deploy: Callable[..., Outcome]
 ) -> None:

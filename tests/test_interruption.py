@@ -33,7 +33,10 @@ CONSOLE = [sys.executable, "-c", "from pifa_deploy.cli.main import main; main()"
 
 # More work than the test waits for, so that the signal comes while the command is at it.
 WRITERS = {
-    "compress": ("{dense}", "{out}", "--density", "0.5", "--calibration", "{text}", "--calibration-samples", "100000"),
+    "compress": (
+        *("{dense}", "{out}", "--density", "0.5", "--calibration", "{text}", "--sequence-length", "64"),
+        *("--calibration-samples", "100000"),
+    ),
     "import": ("{research}", "{out}"),
     "export": ("{checkpoint}", "{out}"),
     "build": ("{onnx}", "{out}"),
@@ -209,13 +212,14 @@ def test_ctrl_c_in_a_terminal_reaches_builder_and_command_at_once(
 STEPS = {
     "compress": [
         "pifa_deploy.compression.load_model",
-        "pifa_deploy.compression.read_texts",
-        "pifa_deploy.compression.input_moments",
-        "pifa_deploy.compression.factors_from_low_rank",
-        "pifa_deploy.compression.attach",
+        "pifa_deploy.compression.calibration_set",
+        "pifa_deploy.compression.open_flows",
+        "pifa_deploy.compression.pipeline.linear_groups",
+        "pifa_deploy.compression.pipeline.solve_group",
+        "pifa_deploy.compression.resume.save_file",
+        "pifa_deploy.compression.write_result",
         "transformers.PreTrainedModel.save_pretrained",
-        "pifa_deploy.compression.save_tokenizer",
-        "pifa_deploy.compression.validate",
+        "pifa_deploy.compression.result.validate",
         "pifa_deploy.output_folder._swap_in",
     ],
     "import": [
@@ -235,6 +239,12 @@ STEPS = {
     ],
     "build": ["pifa_deploy.engine._run_child", "pifa_deploy.engine._record", "pifa_deploy.output_folder._swap_in"],
 }
+# From here on a compression has finished layers, which are kept for the next run.
+LAYERS_DONE = STEPS["compress"][6:]
+
+
+def without_state(folder: Path) -> dict[str, str]:
+    return {name: digest for name, digest in content(folder).items() if not name.startswith(".out.resume")}
 
 
 @pytest.mark.parametrize(("command", "step"), [(command, step) for command in STEPS for step in STEPS[command]])
@@ -269,7 +279,8 @@ def test_ctrl_c_in_a_step_leaves_what_was_there(
     outcome = pifa_deploy(*arguments, *(["--force"] if force else []))
     assert called == [step]
     outcome.failed(INTERRUPTED, "^error: interrupted; what existed before is untouched$")
-    assert content(tmp_path) == before
+    assert without_state(tmp_path) == before
+    assert (tmp_path / ".out.resume").exists() == (command == "compress" and step in LAYERS_DONE)
 
 
 def graph_of(folder: Path) -> Callable[[Any], Any]:
@@ -335,6 +346,8 @@ def test_no_space_is_told_and_leaves_nothing(
     pifa_deploy: Callable[..., Outcome],
 ) -> None:
     arguments = [part.replace("100000", "2") for part in command_line(command, places, full_disk / "out")]
+    if command == "compress":  # the layers would fit, and the test below has that case
+        fill(full_disk)
     if command == "export":
         monkeypatch.setattr("pifa_deploy.onnx_export.graph_from_model", graph_of(places["onnx"]))
     if command in ("import", "build"):  # the tiny research model fits, and a builder needs more than its output
@@ -342,6 +355,21 @@ def test_no_space_is_told_and_leaves_nothing(
     before = content(full_disk)
     pifa_deploy(*arguments).failed(STAGE_FAILED, "disk/out could not be written: .*; free some space and run")
     assert content(full_disk) == before
+
+
+def test_after_a_full_disk_a_compression_goes_on_where_it_was(
+    places: dict[str, Path], full_disk: Path, pifa_deploy: Callable[..., Outcome]
+) -> None:
+    arguments = [part.replace("100000", "2") for part in command_line("compress", places, full_disk / "out")]
+    outcome = pifa_deploy(*arguments)
+    outcome.failed(STAGE_FAILED, "disk/out could not be written: .*; free some space and run the command again")
+    assert "note: the same command goes on after layer 2" in outcome.err.splitlines()
+    assert [path.name for path in full_disk.iterdir()] == [".out.resume"]
+    subprocess.run(["mount", "-o", f"remount,size={10 * SMALL}", str(full_disk)], check=True)
+    outcome = pifa_deploy(*arguments)
+    assert outcome.code == 0
+    assert outcome.err.count(", 0.0 s, 0 s left") == 2
+    assert [path.name for path in full_disk.iterdir()] == ["out"]
 
 
 def test_no_space_leaves_the_forced_output_whole(
@@ -383,4 +411,4 @@ def test_a_file_larger_than_the_file_system_allows_is_told(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     outcome.failed(STAGE_FAILED, "out could not be written: .*File too large.*; choose a file system")
-    assert list(tmp_path.iterdir()) == []
+    assert without_state(tmp_path) == {}

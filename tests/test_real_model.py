@@ -86,3 +86,29 @@ def test_demo_passes_every_gate_and_shows_every_variant(model_file, tmp_path):
     assert json.loads((tmp_path / "demo" / "report.json").read_text())["passed"]
     for capability in ("8.6", "8.9", "12.0"):
         assert capability in report.engine["compute_capabilities"]
+
+
+@pytest.mark.slow
+def test_mpifa_beats_whitening_and_wanda_at_half_density_on_text_it_has_not_seen(model_file, tmp_path):
+    from pifa_deploy.calibration import (
+        HELD_OUT_TEXT,
+        CalibrationOptions,
+        even_windows,
+        packaged_text,
+        read_texts,
+        token_ids,
+    )
+    from pifa_deploy.compression import CompressOptions, compress_model
+    from pifa_deploy.evaluation import perplexity
+    from pifa_deploy.model_folder import load_model, load_tokenizer
+
+    ids = token_ids(read_texts([packaged_text(HELD_OUT_TEXT)]), load_tokenizer(model_file))
+    windows = even_windows(ids, 256, 8)
+    found = {}
+    for method in ("mpifa", "whitened", "wanda"):
+        chosen = CalibrationOptions(samples=20, sequence_length=512)
+        options = CompressOptions(method=method, density=0.5, calibration=("mixture",), windows=chosen)
+        compress_model(model_file, tmp_path / method, options)
+        found[method] = perplexity(load_model(tmp_path / method, dtype=torch.float32), windows)
+    dense = perplexity(load_model(model_file, dtype=torch.float32), windows)
+    assert dense < found["mpifa"] < min(found["whitened"], found["wanda"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -12,6 +12,7 @@ from pifa_deploy.cli import console
 from pifa_deploy.errors import ExitCode
 
 if TYPE_CHECKING:
+    from pifa_deploy.evaluation_report import EvaluateReport
     from pifa_deploy.verification import VerifyReport
 
 _COLUMNS = ("case", "positions", "max abs", "1 - cosine", "mean KL", "p99.9 KL", "top-1")
@@ -72,30 +73,86 @@ def _parity_table(report: VerifyReport) -> str:
 
 @click.command("evaluate")
 @click.argument("checkpoints", nargs=-1, required=True)
-@click.option("--text", multiple=True, required=True, type=click.Path(path_type=Path), help="UTF-8 text.")
+@click.option("--text", multiple=True, required=True, help="UTF-8 text, or LABEL=FILE; each is a column of its own.")
 @click.option("--context", type=int, default=512, show_default=True, help="Tokens a window.")
-@click.option("--max-windows", type=int, default=20, show_default=True, help="Windows, spread evenly over the text.")
+@click.option("--stride", type=int, help="Below the context: overlapping windows that score their last N tokens.")
+@click.option(
+    "--max-windows", type=int, help="20 spread evenly if left out; with a smaller stride the first N, or all."
+)
+@click.option("--batch-size", type=int, default=4, show_default=True, help="Windows a forward pass.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
 @console.json_option
 def evaluate_command(
-    checkpoints: tuple[str, ...], text: tuple[Path, ...], context: int, max_windows: int, json_path: Path | None
+    checkpoints: tuple[str, ...], text: tuple[str, ...], json_path: Path | None, **options: Any
 ) -> None:
-    """Perplexity of CHECKPOINTS (dense or PIFA) on a text, side by side."""
-    import torch
+    """Perplexity and speed of CHECKPOINTS on texts, side by side.
 
-    from pifa_deploy.calibration import even_windows, read_texts, token_ids
-    from pifa_deploy.evaluation import perplexity
-    from pifa_deploy.model_folder import load_model, load_tokenizer
+    Takes dense, PIFA, low-rank and 2:4 checkpoints, which run in fp32 PyTorch, and ONNX folders, which run in ONNX
+    Runtime on the CPU. The first one is what the others are held against.
+    """
+    from pifa_deploy.evaluation import EvaluateOptions
+    from pifa_deploy.evaluation_report import evaluate_all
 
-    content = read_texts(text)
+    report = evaluate_all(checkpoints, _labelled(text), EvaluateOptions(**options), stage=console.stage)
+    if not console.result(report.to_json(), json_path):
+        return
+    click.echo(_evaluation_table(report))
+    if len(report.rows) > 1:
+        click.echo()
+        click.echo(_difference_table(report))
+    click.echo()
+    for line in _evaluation_remarks(report):
+        click.echo(line)
+
+
+def _labelled(texts: tuple[str, ...]) -> dict[str, Path]:
+    """Returns label -> file of FILE and LABEL=FILE arguments; raises ValueError for a label that is empty or twice."""
+    found: dict[str, Path] = {}
+    for text in texts:
+        label, equals, file = text.partition("=")
+        path = Path(file if equals else text)
+        label = label if equals else path.stem
+        if not label or not path.name:
+            raise ValueError(f"--text is {text!r}, expected FILE or LABEL=FILE")
+        if label in found:
+            raise ValueError(f"{found[label]} and {path} are both labelled {label!r}; name one as --text LABEL=FILE")
+        found[label] = path
+    return found
+
+
+def _evaluation_table(report: EvaluateReport) -> str:
+    columns = ["checkpoint", "kind", "runtime", "parameters", "weight MB", "tokens/s"]
+    for label in report.texts:
+        columns += [f"{label} ppl", "s.e. NLL"]
     rows = []
-    for checkpoint in checkpoints:
-        with console.stage(f"evaluate {checkpoint}"):
-            windows = even_windows(token_ids(content, load_tokenizer(checkpoint)), context, max_windows)
-            model = load_model(checkpoint, dtype=torch.float32)
-            rows.append((checkpoint, model.num_parameters(), len(windows), perplexity(model, windows)))
-    columns = ("checkpoint", "parameters", "windows", "perplexity")
-    if console.result({"rows": [dict(zip(columns, row, strict=True)) for row in rows]}, json_path):
-        click.echo(console.table(columns, rows))
+    for row in report.rows:
+        entry = row.entry
+        megabytes = None if entry.weight_bytes is None else entry.weight_bytes / 1e6
+        cells = [entry.checkpoint, entry.kind, f"{entry.runtime} {entry.dtype}", entry.parameters, megabytes]
+        figures = [number for score in row.scores.values() for number in (score.perplexity, score.standard_error)]
+        rows.append([*cells, row.tokens_per_second, *figures])
+    return console.table(columns, rows)
+
+
+def _difference_table(report: EvaluateReport) -> str:
+    first = report.rows[0]
+    rows = []
+    for row in report.rows[1:]:
+        rows += [(row.entry.checkpoint, label, *row.against(first, label).values()) for label in report.texts]
+    columns = (f"against {first.entry.checkpoint}", "text", "x perplexity", "NLL difference", "s.e.")
+    return console.table(columns, rows)
+
+
+def _evaluation_remarks(report: EvaluateReport) -> list[str]:
+    options, first = report.options, report.rows[0]
+    stride = options.stride or options.context
+    windows = [
+        f"{label}: {len(score.tokens)} windows of {options.context} tokens, stride {stride}, "
+        f"{sum(score.tokens):,} scored tokens"
+        for label, score in first.scores.items()
+    ]
+    speed = f"batches of {options.batch_size}, device {options.device}, CPU threads: {first.entry.threads}"
+    return [*windows, f"tokens/s: forward passes only, {speed}"]
 
 
 @click.command("generate")

@@ -65,7 +65,13 @@ def cli(debug: bool) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command line and ends the process with its exit code."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    sys.exit(run(arguments))
+    code = run(arguments)
+    if code and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # One of a torchrun that failed: at an ordinary exit NCCL may wait for processes that are gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -88,7 +94,9 @@ def run(arguments: Sequence[str]) -> int:
             error.show()
             return ExitCode.USAGE
         return _failed(f"{error.format_message()}; see {command} --help", ExitCode.USAGE, debug)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, click.Abort) as stop:
+        if isinstance(stop, _Terminated):
+            return _failed("terminated; what existed before is untouched", 128 + signal.SIGTERM, debug)
         return _failed("interrupted; what existed before is untouched", ExitCode.INTERRUPTED, debug)
     except PifaDeployError as error:
         return _failed(str(error), error.exit_code, debug)
@@ -101,28 +109,37 @@ def run(arguments: Sequence[str]) -> int:
         return _failed(f"{type(error).__name__}: {error}", ExitCode.STAGE_FAILED, debug)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM: a batch system or torchrun ends this process."""
+
+
 @contextmanager
 def _interrupts_noticed() -> Iterator[None]:
-    """Raises KeyboardInterrupt for any error after Ctrl-C: an import that it cut short fails in other ways."""
-    came: list[int] = []
+    """Raises KeyboardInterrupt for any error after Ctrl-C: an import that it cut short fails in other ways.
+
+    SIGTERM is taken like Ctrl-C, so that nothing half-written is left.
+    """
+    came: list[type[KeyboardInterrupt]] = []
 
     def notice(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        raise KeyboardInterrupt
+        came.append(_Terminated if number == signal.SIGTERM else KeyboardInterrupt)
+        raise came[-1]
 
     ours = threading.current_thread() is threading.main_thread()
-    ours = ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if ours:
-        signal.signal(signal.SIGINT, notice)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    ours = ours and before == {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    for number in before if ours else ():
+        signal.signal(number, notice)
     try:
         yield
     except Exception as error:
-        if came:
-            raise KeyboardInterrupt from error
+        # What was made of the interruption on purpose stays: torchrun ends a process when another one has failed.
+        if came and (isinstance(error, click.Abort) or not isinstance(error.__cause__, KeyboardInterrupt)):
+            raise came[0] from error
         raise
     finally:
-        if ours:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, handler in before.items() if ours else ():
+            signal.signal(number, handler)
 
 
 def _failed(message: str, code: int, debug: bool) -> int:

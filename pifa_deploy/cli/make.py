@@ -2,58 +2,131 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from pifa_deploy.cli import console
+from pifa_deploy.errors import OutputError
 
+if TYPE_CHECKING:
+    from pifa_deploy.compression import CompressOptions, LayerReport
+
+# As in pifa_deploy.compression, which a `--help` must not wait for; a test compares the two.
+_METHODS = ["mpifa", "whitened", "svd", "magnitude", "wanda", "ria", "sparsegpt"]
 _DTYPES = click.Choice(["fp32", "fp16", "bf16"])
 
 
 @click.command("compress")
 @click.argument("model")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--density", type=float, required=True, help="Size of each factorised linear relative to dense, 0..1.")
-@click.option("--method", type=click.Choice(["svd", "whitened"]), default="whitened", show_default=True)
-@click.option("--format", "format_", type=click.Choice(["pifa", "lowrank"]), default="pifa", show_default=True)
-@click.option("--calibration", multiple=True, type=click.Path(path_type=Path), help="UTF-8 text; may be repeated.")
-@click.option("--calibration-samples", type=int, default=64, show_default=True)
-@click.option("--sequence-length", type=int, default=512, show_default=True)
+@click.option("--density", type=float, help="Size of the factorised linears relative to dense, 0..1; 2:4 is 0.5.")
+@click.option("--method", type=click.Choice(_METHODS), default="mpifa", show_default=True)
+@click.option("--format", type=click.Choice(["pifa", "lowrank"]), default="pifa", show_default=True)
+@click.option("--calibration", multiple=True, help="Text file, folder, datasets:NAME or mixture; may be repeated.")
+@click.option("--calibration-samples", "samples", type=int, default=128, show_default=True)
+@click.option("--sequence-length", type=int, default=2048, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--include", multiple=True, help="Pattern of linears to compress; all in the decoder layers if left out.")
+@click.option("--exclude", multiple=True, help="Pattern of linears to leave dense.")
+@click.option("--attention-density", type=float, help="Density of attention; the MLP has what the budget leaves.")
+@click.option(
+    "--layer-density",
+    type=click.Choice(["uniform", "owl", "effective-rank"]),
+    default="uniform",
+    show_default=True,
+    help="What decides how dense each layer is.",
+)
 @click.option("--rank-multiple", type=int, default=1, show_default=True, help="Round ranks down to a multiple.")
+@click.option("--dense-share", type=float, help="mpifa: lambda, part of the targets from the dense model's inputs.")
+@click.option("--ridge", type=float, help="mpifa: alpha, weight of staying near the dense weights.")
+@click.option("--solver", type=click.Choice(["closed", "alternating"]), help="mpifa: how the factors are found.")
+@click.option("--steps", type=int, help="mpifa: rounds of the alternating solver.")
 @click.option("--dtype", type=_DTYPES, default="fp32", show_default=True, help="Dtype of the stored weights.")
+@click.option("--activation-dtype", type=_DTYPES, default="fp32", show_default=True)
+@click.option("--activation-folder", type=click.Path(path_type=Path), help="Keep activations in files here.")
+@click.option("--batch-tokens", type=int, default=4096, show_default=True, help="Tokens computed at once.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), help="The GPU when there is one if left out.")
+@click.option("--restart", is_flag=True, help="Forget what an interrupted run has done.")
 @console.force_option
 @console.json_option
-def compress_command(
-    model: str,
-    out: Path,
-    format_: str,
-    calibration: tuple[Path, ...],
-    calibration_samples: int,
-    sequence_length: int,
-    seed: int,
-    json_path: Path | None,
-    **options: Any,
-) -> None:
-    """Factorise MODEL (a folder, a .gguf file or hf:ORG/NAME) into the PIFA checkpoint OUT.
+def compress_command(model: str, out: Path, json_path: Path | None, **flags: Any) -> None:
+    """Compress MODEL (a folder, a .gguf file or hf:ORG/NAME) into the checkpoint OUT, without training.
 
-    Method whitened needs --calibration text; svd needs none and loses far more.
+    Methods mpifa, whitened and svd factorise; magnitude, wanda, ria and sparsegpt prune 2:4. All but svd and
+    magnitude need --calibration text. Interrupted, the same command goes on where it was. Under torchrun all
+    processes share the work.
     """
-    from pifa_deploy.calibration import CalibrationOptions
-    from pifa_deploy.compression import CompressOptions, compress_model
+    from pifa_deploy.compression import compress_model
 
-    windows = CalibrationOptions(samples=calibration_samples, sequence_length=sequence_length, seed=seed)
-    chosen = CompressOptions(format=format_, calibration=calibration, windows=windows, **options)
-    with console.stage(f"compress {model}"):
-        summary = compress_model(model, out, chosen)
+    chosen = _compress_options(flags)
+    main = os.environ.get("RANK", "0") == "0"
+    with _resumable(out), console.stage(f"compress {model}") if main else contextlib.nullcontext():
+        summary = compress_model(model, out, chosen, report=_show_layer)
+    if not main:
+        return
     console.result(asdict(summary), json_path)
+    for name, reason in summary.dense.items():
+        console.summary(f"note: {name} stays dense: {reason}", json_path)
+    shares = ", ".join(f"{step} {share:.0%}" for step, share in summary.shares.items())
+    console.summary(f"time: {shares}", json_path)
     console.summary(
         f"{out}: {summary.modules} linears at density {summary.module_density:.4f}, "
-        f"{summary.dense_parameters:,} -> {summary.parameters:,} parameters, max |C| {summary.max_coefficient:.3g}",
+        f"{summary.dense_parameters:,} -> {summary.parameters:,} parameters, mean output error {summary.error:.4f}, "
+        f"max |C| {summary.max_coefficient:.3g}",
         json_path,
+    )
+
+
+def _compress_options(flags: dict[str, Any]) -> CompressOptions:
+    """Returns the options that the command line asks for; what was not given keeps its default."""
+    from pifa_deploy.calibration import CalibrationOptions
+    from pifa_deploy.compression import ActivationOptions, CompressOptions, ReconstructionOptions
+
+    def given(kind: type[Any], renamed: Mapping[str, str] = MappingProxyType({})) -> Any:
+        names = {field.name: renamed.get(field.name, field.name) for field in fields(kind)}
+        return kind(**{name: flags[flag] for name, flag in names.items() if flags.get(flag) is not None})
+
+    windows = given(CalibrationOptions)
+    activations = given(
+        ActivationOptions, {"dtype": "activation_dtype", "folder": "activation_folder", "batch_tokens": "batch_tokens"}
+    )
+    chosen: CompressOptions = replace(
+        given(CompressOptions), windows=windows, activations=activations, reconstruction=given(ReconstructionOptions)
+    )
+    if flags["density"] is None and not chosen.is_pruning:
+        raise click.UsageError(f"method {chosen.method} needs --density")
+    return chosen
+
+
+@contextlib.contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Says after an interruption what need not be done again; processes that the first one speaks for say nothing."""
+    from pifa_deploy.compression.distributed import PeerError
+    from pifa_deploy.compression.resume import finished_layers
+
+    try:
+        yield
+    except PeerError as error:
+        raise click.exceptions.Exit(error.exit_code) from error
+    except (KeyboardInterrupt, OutputError):
+        if done := finished_layers(out):
+            click.echo(f"note: the same command goes on after layer {done}", err=True)
+        raise
+
+
+def _show_layer(report: LayerReport) -> None:
+    drift = "" if report.drift is None else f", drift {report.drift:.4f}"
+    click.echo(
+        f"\rlayer {report.layer + 1}/{report.layers}: error {report.error:.4f}{drift}, {report.seconds:.1f} s, "
+        f"{report.seconds_left:.0f} s left",
+        err=True,
     )
 
 
@@ -112,6 +185,13 @@ def export_command(checkpoint: str, out: Path, json_path: Path | None, **options
 @click.option("--max-batch-size", type=int, default=1, show_default=True)
 @click.option("--max-input-len", type=int, default=512, show_default=True, help="Most tokens in one call.")
 @click.option("--max-cache-len", type=int, default=512, show_default=True, help="Most tokens in the cache.")
+@click.option(
+    "--sparsity",
+    type=click.Choice(["auto", "enable", "disable"]),
+    default="auto",
+    show_default=True,
+    help="2:4 sparse kernels; auto: where ONNX records 2:4-pruned weights.",
+)
 @console.force_option
 @console.json_option
 def build_command(onnx: Path, out: Path, compute_capabilities: str, json_path: Path | None, **options: Any) -> None:

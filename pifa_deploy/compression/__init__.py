@@ -1,191 +1,185 @@
-"""From a dense model to a factorised checkpoint, without training."""
+"""From a dense model to a compressed checkpoint, without training."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
-from transformers import PreTrainedModel
 
-from pifa_deploy.calibration import CalibrationOptions, random_windows, read_texts, token_ids
-from pifa_deploy.checkpoint import FORMATS, validate
-from pifa_deploy.compression.statistics import input_moments
-from pifa_deploy.compression.truncation import truncated_svd, whitened_svd
-from pifa_deploy.density import low_rank_rank_for_density, rank_for_density
-from pifa_deploy.errors import FactorizationError, InputRefusedError
-from pifa_deploy.factorization import factors_from_low_rank
-from pifa_deploy.linear import LowRankLinear, PifaLinear
-from pifa_deploy.model_folder import check_finite, load_model, load_tokenizer, save_tokenizer, torch_dtype
+from pifa_deploy import __version__
+from pifa_deploy.calibration import CalibrationSet, calibration_set
+from pifa_deploy.compression.allocation import Allocation, LinearShape, allocate
+from pifa_deploy.compression.clock import StepClock
+from pifa_deploy.compression.decoder import decoder_layers, linear_shapes
+from pifa_deploy.compression.distributed import Processes, processes
+from pifa_deploy.compression.flow import Flows, open_flows
+from pifa_deploy.compression.options import METHODS, ActivationOptions, CompressOptions
+from pifa_deploy.compression.pipeline import LayerReport, Pipeline
+from pifa_deploy.compression.reconstruction import ReconstructionOptions
+from pifa_deploy.compression.result import CompressSummary, Result, write_result
+from pifa_deploy.compression.resume import ResumeFolder
+from pifa_deploy.compression.scores import layer_scores
+from pifa_deploy.digest import model_sha256
+from pifa_deploy.model_folder import load_model, load_tokenizer
 from pifa_deploy.output_folder import new_folder
-from pifa_deploy.transformers_quantizer import attach
 
-METHODS = ("svd", "whitened")
+__all__ = [
+    "METHODS",
+    "ActivationOptions",
+    "CompressOptions",
+    "CompressSummary",
+    "LayerReport",
+    "ReconstructionOptions",
+    "compress_model",
+]
 
-
-@dataclass(frozen=True, kw_only=True)
-class CompressOptions:
-    """How to compress.
-
-    Attributes:
-        density: 0 < density < 1, stored numbers of each factorised linear relative to the dense one.
-        method: "svd" (plain truncation) or "whitened" (truncation of W chol(X X^T) on calibration text).
-        format: "pifa" or "lowrank" (U, V: fewer ranks for the same density).
-        dtype: dtype of the stored weights, "fp32", "fp16" or "bf16".
-        rank_multiple: round ranks down to a multiple of this; the density reached is reported.
-        calibration: UTF-8 text files; "whitened" needs at least one.
-        windows: which parts of the text.
-        force: replace an existing output folder.
-    """
-
-    density: float
-    method: str = "whitened"
-    format: str = "pifa"
-    dtype: str = "fp32"
-    rank_multiple: int = 1
-    calibration: tuple[Path, ...] = ()
-    windows: CalibrationOptions = field(default_factory=CalibrationOptions)
-    force: bool = False
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a value out of range."""
-        if not 0.0 < self.density < 1.0:
-            raise ValueError(f"density is {self.density}, expected 0 < density < 1")
-        if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}, expected one of {METHODS}")
-        if self.format not in FORMATS:
-            raise ValueError(f"format is {self.format!r}, expected one of {FORMATS}")
-        if self.rank_multiple < 1:
-            raise ValueError(f"rank_multiple is {self.rank_multiple}, expected at least 1")
-        if self.method == "whitened" and not self.calibration:
-            raise ValueError("method whitened needs calibration text; pass --calibration FILE")
-        torch_dtype(self.dtype)
+# Where and how the work is done decides nothing of the result; `calibration` is told by its texts.
+_NOT_DECISIVE = ("calibration", "force", "restart", "device")
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompressSummary:
-    """What a compression wrote.
+def compress_model(
+    source: Path | str,
+    target: Path | str,
+    options: CompressOptions,
+    *,
+    report: Callable[[LayerReport], None] = lambda _: None,
+) -> CompressSummary:
+    """Compresses the linear layers of a causal LM's decoder layers, one decoder layer at a time.
 
-    Attributes:
-        path: the checkpoint folder.
-        modules: factorised linears.
-        dense_parameters: parameters of the dense model.
-        parameters: parameters of the checkpoint.
-        module_density: stored numbers of the factorised linears relative to dense ones.
-        max_coefficient: largest |C| of all modules; 0 for the low-rank format.
-        seconds: wall time.
-    """
-
-    path: str
-    modules: int
-    dense_parameters: int
-    parameters: int
-    module_density: float
-    max_coefficient: float
-    seconds: float
-
-
-def compress_model(source: Path | str, target: Path | str, options: CompressOptions) -> CompressSummary:
-    """Factorises every linear layer of a causal LM but its output head, and writes the checkpoint.
+    Under `torchrun` the calibration batches and the solves are shared by all processes; the first one writes.
+    After every layer the state is on disk, in `.NAME.resume` beside the output NAME: the same call goes on where an
+    earlier one ended, and its result is the same to the bit on the same number of threads.
 
     Args:
-        source: dense model as `model_folder.load_model` takes it.
+        source: dense model as `model_folder.load_model` takes it; a folder is memory-mapped.
         target: checkpoint folder to write.
         options: see CompressOptions.
+        report: called after each layer, in the first process.
 
     Raises:
-        ValueError: the density leaves no rank to a layer; names the layer.
+        ValueError: the density leaves no rank to a linear, or no linear is left to compress; names it.
         InputRefusedError: malformed model or text, or a model without linear layers to factorise.
-        FactorizationError: a layer has no usable pivot factors; names the layer.
+        MisfitError: an unfinished run of another model or with other options stands beside the output.
+        FactorizationError: a linear has no usable pivot factors; names it.
+        StageFailedError: NaN or Inf activations or singular statistics; names the linear. A process of the same
+            torchrun died.
         OutputExistsError, OutputHeldError, OutputError: see `output_folder.new_folder`.
     """
-    started = time.monotonic()
-    with new_folder(target, force=options.force) as folder:
-        model = load_model(source, dtype=torch.float32)
-        layers = target_layers(model, str(source))
-        dense_parameters = model.num_parameters()
-        moments = _moments(source, model, layers, options)
-        largest = _replace_all(model, layers, moments, options)
-        details = {
-            "rank_multiple": options.rank_multiple,
-            "calibration": [path.name for path in options.calibration],
-            **asdict(options.windows),
-        }
-        record = attach(model, source=options.method, density=options.density, details=details)
-        check_finite(model.to(torch_dtype(options.dtype)), str(source))
-        model.save_pretrained(folder)
-        save_tokenizer(source, folder)
-        validate(folder)
-        dense_size = sum(spec.in_features * spec.out_features for spec in record.modules.values())
-        return CompressSummary(
-            path=str(target),
-            modules=len(record.modules),
-            dense_parameters=dense_parameters,
-            parameters=model.num_parameters(),
-            module_density=sum(spec.parameters() for spec in record.modules.values()) / dense_size,
-            max_coefficient=largest,
-            seconds=time.monotonic() - started,
+    with processes(options.device) as group:
+        # Only the first process touches the output.
+        output = new_folder(target, force=options.force) if group.is_main else contextlib.nullcontext()
+        with output as folder:
+            resume, result = _compressed(source, target, options, group=group, report=report)
+            summary = write_result(folder, str(target), result) if folder else None
+            final: CompressSummary = group.from_main(summary)
+        if resume:
+            resume.remove()
+        return final
+
+
+def _compressed(
+    source: Path | str,
+    target: Path | str,
+    options: CompressOptions,
+    *,
+    group: Processes,
+    report: Callable[[LayerReport], None],
+) -> tuple[ResumeFolder | None, Result]:
+    """Brings all layers into the resume folder, which only the first process has."""
+    clock = StepClock(group.device)
+    model = load_model(source, dtype=None)
+    dense_parameters = model.num_parameters()
+    path, layers = decoder_layers(model, str(source))
+    shapes = linear_shapes(path, layers, include=options.include, exclude=options.exclude)
+    calibration = _calibration(source, options)
+    resume = None
+    if group.is_main:
+        resume = ResumeFolder(target, _identity(source, options, calibration), restart=options.restart)
+    with _flows(model, options, group, calibration=calibration) as flows:
+        with clock.step("layer scores"):
+            allocation = _allocation(layers, shapes, options, group=group, flows=flows)
+        pipeline = Pipeline(
+            path=path,
+            layers=layers,
+            ranks=allocation.ranks if allocation else {shape.name: 0 for shape in shapes},
+            options=options,
+            group=group,
+            flows=flows,
+            clock=clock,
         )
+        pipeline.run(resume, report)
+    result = Result(
+        source=source,
+        model=model,
+        layers=path,
+        resume=resume,
+        options=options,
+        calibration=calibration,
+        shapes=shapes,
+        allocation=allocation,
+        dense_parameters=dense_parameters,
+        clock=clock,
+        activation_bytes=flows.store.peak_bytes if flows else 0,
+    )
+    return resume, result
 
 
-def target_layers(model: PreTrainedModel, where: str) -> dict[str, nn.Linear]:
-    """Returns the linears to factorise: all but the output head.
+def _calibration(source: Path | str, options: CompressOptions) -> CalibrationSet | None:
+    if not options.needs_text:
+        return None
+    return calibration_set(options.calibration, load_tokenizer(source), options.windows)
 
-    Raises:
-        InputRefusedError: there are none, or the model is factorised already.
-    """
-    if any(isinstance(module, (PifaLinear, LowRankLinear)) for module in model.modules()):
-        raise InputRefusedError(f"{where}: is factorised already; give the dense model")
-    head = model.get_output_embeddings()
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+
+def _identity(source: Path | str, options: CompressOptions, calibration: CalibrationSet | None) -> dict[str, Any]:
+    """Returns all that decides the result of a compression, as JSON values."""
+    kept = {name: value for name, value in asdict(options).items() if name not in _NOT_DECISIVE}
+    del kept["activations"]["folder"]
+    place = Path(source)
+    known: dict[str, Any] = {
+        "schema": 1,
+        "pifa-deploy": __version__,
+        "torch": torch.__version__,
+        "model": model_sha256(place) if place.exists() else str(source),
+        **kept,
     }
-    if not layers:
-        raise InputRefusedError(f"{where}: {type(model).__name__} has no nn.Linear layers to factorise")
-    return layers
+    if calibration is not None:
+        known["calibration text"] = [{name: entry[name] for name in ("name", "sha256")} for entry in calibration.record]
+        # Last, for what nothing above tells: another tokenizer.
+        known["calibration tokens"] = hashlib.sha256(calibration.windows.numpy().tobytes()).hexdigest()
+    return known
 
 
-def _moments(
-    source: Path | str, model: PreTrainedModel, layers: dict[str, nn.Linear], options: CompressOptions
-) -> dict[str, torch.Tensor]:
-    if options.method == "svd":
-        return {}
-    ids = token_ids(read_texts(options.calibration), load_tokenizer(source))
-    return input_moments(model, layers, random_windows(ids, options.windows))
+@contextmanager
+def _flows(
+    model: Any, options: CompressOptions, group: Processes, *, calibration: CalibrationSet | None
+) -> Iterator[Flows | None]:
+    if calibration is None:
+        yield None
+        return
+    with open_flows(model, calibration.windows, options, group=group) as flows:
+        yield flows
 
 
-def _replace_all(
-    model: PreTrainedModel, layers: dict[str, nn.Linear], moments: dict[str, torch.Tensor], options: CompressOptions
-) -> float:
-    """Puts factorised layers in place of dense ones; returns the largest |C|."""
-    largest = 0.0
-    items: Sequence[Any] = list(layers.items())
-    for name, layer in tqdm(items, desc="factorising", unit="layer", disable=None, leave=False):
-        try:
-            factorised, coefficient = _factorised(layer, moments.get(name), options)
-        except FactorizationError as error:
-            raise FactorizationError(f"{name}: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        model.set_submodule(name, factorised)
-        largest = max(largest, coefficient)
-    return largest
-
-
-def _factorised(
-    layer: nn.Linear, moment: torch.Tensor | None, options: CompressOptions
-) -> tuple[PifaLinear | LowRankLinear, float]:
-    weight = layer.weight.detach()
-    rank_of = rank_for_density if options.format == "pifa" else low_rank_rank_for_density
-    rank = rank_of(layer.out_features, layer.in_features, options.density, multiple=options.rank_multiple)
-    u, v = truncated_svd(weight, rank) if moment is None else whitened_svd(weight, moment, rank)
-    dtype = torch_dtype(options.dtype)
-    if options.format == "lowrank":
-        return LowRankLinear.from_pair(u.to(dtype).contiguous(), v.to(dtype).contiguous(), layer.bias), 0.0
-    factors = factors_from_low_rank(u, v, dtype=dtype)
-    return PifaLinear.from_factors(factors, layer.bias), factors.conditioning.max_coefficient
+def _allocation(
+    layers: nn.ModuleList,
+    shapes: list[LinearShape],
+    options: CompressOptions,
+    *,
+    group: Processes,
+    flows: Flows | None,
+) -> Allocation | None:
+    """Returns the ranks; None for 2:4 pruning."""
+    if options.is_pruning:
+        return None
+    scores = None
+    if options.layer_density != "uniform":
+        assert flows is not None
+        scores = layer_scores(layers, shapes, options, group=group, flows=flows)
+    return allocate(shapes, options.allocation, scores=scores)
