@@ -1,4 +1,4 @@
-"""Perplexity over density, all methods side by side: the table and the plot of docs/compression.md.
+"""Perplexity over density, all methods side by side: a table and a plot.
 
 Compresses a model by every method at every density, evaluates each checkpoint on every text, and writes
 sweep.json, sweep.md and sweep.png. What is there already is not made again, so that an interrupted sweep goes on.
@@ -29,8 +29,7 @@ PRUNING = ("magnitude", "wanda", "ria", "sparsegpt")
 def variants(densities: tuple[float, ...]) -> list[tuple[str, str, float]]:
     """Returns (method, format, density); the 2:4 methods have one density."""
     low_rank = [(method, kind, density) for method, kind in LOW_RANK for density in densities]
-    best = len(densities)
-    return [*low_rank[:best], *((method, "2:4", 0.5) for method in PRUNING), *low_rank[best:]]
+    return [*((method, "2:4", 0.5) for method in PRUNING), *low_rank]
 
 
 def score(place: Path | str, texts: dict[str, Path], options: EvaluateOptions) -> dict[str, float]:
@@ -118,7 +117,18 @@ def sweep(
         "windows": CalibrationOptions(samples=calibration_samples, sequence_length=sequence_length),
     }
     path = out / "sweep.json"
-    results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.is_file() else []
+    settings = {
+        "model": Path(model).name,
+        "calibration": [Path(source).name for source in calibration],
+        "calibration_samples": calibration_samples,
+        "sequence_length": sequence_length,
+        "texts": {label: file.name for label, file in places.items()},
+        "max_windows": max_windows,
+    }
+    found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"settings": settings, "results": []}
+    if found["settings"] != settings:
+        raise click.UsageError(f"{path} is of {found['settings']}, not {settings}; name another OUT")
+    results = found["results"]
     if not results:
         dense = {"method": "dense", "format": "dense", "asked": 1.0, "density": 1.0}
         results.append({**dense, "perplexity": score(model, places, scoring)})
@@ -132,7 +142,7 @@ def sweep(
         click.echo(json.dumps(results[-1]))
         if not keep:
             shutil.rmtree(folder)
-        write_json(path, {"schema": 1, "results": results})
+        write_json(path, {"schema": 1, "settings": settings, "results": results})
     results.sort(key=lambda row: (-row["asked"], row["format"], row["method"]))
     write_text(out / "sweep.md", table(results, list(places)))
     plot(results, list(places), out / "sweep.png")

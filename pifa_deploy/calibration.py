@@ -134,7 +134,7 @@ def _dataset_text(source: str) -> str:
 
 
 def packaged_text(name: str) -> Path:
-    """Returns the path of a public-domain text that ships with the package (texts/SOURCES.md)."""
+    """Returns the path of a text that ships with the package (texts/SOURCES.md)."""
     return Path(str(files("pifa_deploy") / "texts" / name))
 
 

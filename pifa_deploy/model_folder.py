@@ -94,12 +94,12 @@ def load_model(source: Path | str, *, dtype: torch.dtype | None) -> PreTrainedMo
     return model.eval()
 
 
-def check_finite(model: PreTrainedModel, where: str) -> None:
-    """Raises InputRefusedError naming a weight that is NaN or Inf, perhaps only in the model's dtype."""
+def check_finite(model: PreTrainedModel, where: str, *, dtype: torch.dtype | None = None) -> None:
+    """Raises InputRefusedError naming a weight that is NaN or Inf, perhaps only in `dtype`; None: the model's."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.to(dtype or tensor.dtype)).all()):
             raise InputRefusedError(
-                f"{where}: {name} has NaN or Inf entries in {tensor.dtype}; expected finite weights, "
+                f"{where}: {name} has NaN or Inf entries in {dtype or tensor.dtype}; expected finite weights, "
                 "a wider dtype may hold them"
             )
 

@@ -90,12 +90,9 @@ def export_checkpoint(checkpoint: Path | str, target: Path | str, options: Expor
         save_graph(graph, folder)
         tokenizer = save_tokenizer(checkpoint, folder)
         model.config.save_pretrained(folder)
-        content = {
-            "modules": _modules(model, graph),
-            "sparsity": _sparsity(checkpoint, graph),
-            "source_sha256": _source_hash(checkpoint),
-        }
-        write_json(folder / MANIFEST_FILE, _manifest(model, folder, options) | content)
+        content = {"modules": _modules(model, graph), "sparsity": _sparsity(checkpoint, graph)}
+        content |= {"source_sha256": _source_hash(checkpoint)} | _manifest(model, folder, options)
+        write_json(folder / MANIFEST_FILE, content)
         onnx_passes.check(str(folder / MODEL_FILE))
         return ExportSummary(
             path=str(target),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from cli_fixtures import Outcome, passage, save_dense
 
 from pifa_deploy.calibration import HELD_OUT_TEXT
 from pifa_deploy.cli.main import run
+
+SMALL = 96 * 1024  # bytes
 
 
 @pytest.fixture(scope="session")
@@ -38,6 +41,20 @@ def text(dense: Path) -> Path:
     path = dense.parent / "held-out.txt"
     path.write_text(passage(HELD_OUT_TEXT, 6000), encoding="utf-8")
     return path
+
+
+@pytest.fixture
+def full_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with less space than any artefact of the small model needs."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "none", str(place)], capture_output=True, text=True, check=False
+    )
+    if made.returncode != 0:
+        pytest.skip(f"a file system cannot be mounted here: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
 
 
 @pytest.fixture

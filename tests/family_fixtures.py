@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from cli_fixtures import passage, small_tokenizer
+from safetensors.torch import load_file
 from torch import nn
 
-from pifa_deploy.calibration import CALIBRATION_TEXT, CalibrationOptions
+from pifa_deploy.calibration import CALIBRATION_TEXT, CalibrationOptions, calibration_set
 from pifa_deploy.compression import ActivationOptions, CompressOptions
 
 HIDDEN, INNER, LAYERS, VOCABULARY = 32, 56, 3, 384
@@ -116,10 +120,10 @@ FAMILIES = {
 }
 
 
-def family_model(kind: str, *, seed: int = 3) -> Any:
-    """Returns a random model; singular values and features of very different sizes, biases not zero."""
+@functools.cache
+def _drawn(kind: str) -> Any:
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(3)
         model = transformers.AutoModelForCausalLM.from_config(FAMILIES[kind].config(), dtype=torch.float32)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
@@ -133,10 +137,16 @@ def family_model(kind: str, *, seed: int = 3) -> Any:
     return model.eval()
 
 
-def decaying(m: int, n: int) -> torch.Tensor:
-    """Returns a random [m, n] of singular values that fall by a factor of 30."""
-    left, _, right = torch.linalg.svd(torch.randn(m, n), full_matrices=False)
-    return left * torch.logspace(0.3, -1.2, min(m, n)) @ right
+def family_model(kind: str) -> Any:
+    """Returns a random model; singular values and features of very different sizes, biases not zero."""
+    return copy.deepcopy(_drawn(kind))
+
+
+def decaying(*shape: int) -> torch.Tensor:
+    """Returns random matrices [..., m, n] whose singular values fall by a factor of 30."""
+    left, _, right = torch.linalg.svd(torch.randn(shape), full_matrices=False)
+    found: torch.Tensor = left * torch.logspace(0.3, -1.2, min(shape[-2:])) @ right
+    return found
 
 
 def save_family(folder: Path, kind: str, *, dtype: torch.dtype = torch.float32) -> Path:
@@ -161,3 +171,67 @@ def options(text: Path, **changes: Any) -> CompressOptions:
         **changes,
     }
     return CompressOptions(**chosen)
+
+
+# What a compression must have seen, by plain forward passes of whole models.
+
+
+def calibration_ids(text: Path) -> torch.Tensor:
+    return calibration_set([str(text)], small_tokenizer(), WINDOWS).windows
+
+
+def inputs_of(model: Any, names: Collection[str], ids: torch.Tensor) -> dict[str, np.ndarray]:
+    """Returns X [n, tokens] float64 of each named module in a pass of the whole model."""
+    found: dict[str, np.ndarray] = {}
+
+    def collect(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            found[name] = args[0].double().flatten(0, -2).T.numpy()
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(collect(name)) for name in names]
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def stored_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Returns the matrices [m, n] float64 that the tensors of a folder stand for, by module."""
+    held = {name: tensor.double() for name, tensor in load_file(folder / "model.safetensors").items()}
+    found = {name.removesuffix(".weight"): tensor for name, tensor in held.items() if tensor.ndim == 2}
+    for name in [name.removesuffix(".pivot_rows") for name in held if name.endswith(".pivot_rows")]:
+        rows, pivot_weight = held[f"{name}.pivot_rows"].long(), held[f"{name}.pivot_weight"]
+        rest = held[f"{name}.coefficients"] @ pivot_weight
+        weight = torch.empty(len(rows) + len(rest), pivot_weight.shape[1], dtype=torch.float64)
+        others = [row for row in range(len(weight)) if row not in set(rows.tolist())]
+        weight[rows], weight[others] = pivot_weight, rest
+        found[name] = weight
+    for name in [name.removesuffix(".low_rank_u") for name in held if name.endswith(".low_rank_u")]:
+        found[name] = held[f"{name}.low_rank_u"] @ held[f"{name}.low_rank_v"]
+    return found
+
+
+def with_weights(kind: str, weights: Mapping[str, torch.Tensor]) -> Any:
+    """Returns the dense model in float64 with some weights in place of its own."""
+    model = family_model(kind).double()
+    for name, weight in weights.items():
+        model.get_submodule(name).weight.data = weight.double()
+    return model
+
+
+def seen_inputs(
+    kind: str, stored: Mapping[str, torch.Tensor], ids: torch.Tensor
+) -> Iterator[tuple[int, str, np.ndarray]]:
+    """Yields (layer, name, X) of each linear of `stored`, in a model where exactly the earlier ones are as stored."""
+    family = FAMILIES[kind]
+    model = with_weights(kind, {})
+    for layer in range(LAYERS):
+        for group in family.groups:
+            names = [name for name in (f"{family.layers}.{layer}.{inner}" for inner in group) if name in stored]
+            for name, x in inputs_of(model, names, ids).items():
+                yield layer, name, x
+            for name in names:
+                model.get_submodule(name).weight.data = stored[name]

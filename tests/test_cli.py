@@ -210,8 +210,9 @@ def test_the_console_script_tells_refused_input_by_exit_code_and_one_line(tmp_pa
 def test_the_console_script_writes_a_checkpoint_without_noise(dense: Path, tmp_path: Path) -> None:
     done = console_script("compress", dense, tmp_path / "out", "--density", 0.5, "--method", "svd", check=False)
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(rf"{tmp_path}/out: 14 linears at density 0\.\d+, .*\n", done.stdout)
-    assert re.fullmatch(rf"compress {dense}: \d+\.\d s\n", done.stderr)
+    assert re.fullmatch(rf"time: .*\n{tmp_path}/out: 14 linears at density 0\.\d+, .*\n", done.stdout)
+    layers = "".join(rf"layer {number}/2: error .* left\n" for number in (1, 2))
+    assert re.fullmatch(rf"{layers}compress {dense}: \d+\.\d s\n", done.stderr)
 
 
 def test_a_closed_pipe_ends_quietly_and_is_no_failed_gate(checkpoint: Path) -> None:

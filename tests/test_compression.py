@@ -1,27 +1,50 @@
-"""Factorising a model: optimal truncation, exact statistics, and a checkpoint that holds what was asked for."""
+"""Compressing a model: optimal truncation, and a checkpoint that holds what was asked for, or nothing at all."""
 
 from __future__ import annotations
 
-import functools
 import json
 import math
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cli_fixtures import CHAT_TEMPLATE, Q_PROJ, SIZES, content, passage, save_dense, small_model, small_tokenizer
+from cli_fixtures import (
+    CHAT_TEMPLATE,
+    Q_PROJ,
+    SIZES,
+    content,
+    passage,
+    save_dense,
+    small_model,
+    small_tokenizer,
+)
 from safetensors.torch import load_file
 from torch import nn
 
-from pifa_deploy.calibration import CALIBRATION_TEXT, CalibrationOptions, random_windows, token_ids
+import pifa_deploy.compression
+from pifa_deploy.calibration import CALIBRATION_TEXT, CalibrationOptions, calibration_set
 from pifa_deploy.checkpoint import validate
-from pifa_deploy.compression import CompressOptions, compress_model, target_layers
-from pifa_deploy.compression.statistics import input_moments
+from pifa_deploy.compression import (
+    METHODS,
+    ActivationOptions,
+    CompressOptions,
+    LayerReport,
+    ReconstructionOptions,
+    compress_model,
+)
 from pifa_deploy.compression.truncation import truncated_svd, whitened_svd
 from pifa_deploy.density import low_rank_rank_for_density, rank_for_density
-from pifa_deploy.errors import FactorizationError, InputRefusedError, StageFailedError
+from pifa_deploy.errors import (
+    FactorizationError,
+    InputRefusedError,
+    OutputExistsError,
+    PifaDeployError,
+    StageFailedError,
+)
 from pifa_deploy.linear import LowRankLinear, PifaLinear
 from pifa_deploy.model_folder import load_model, load_tokenizer
 
@@ -29,20 +52,21 @@ pytest_plugins = ("cli_plugin",)
 
 SHAPES = [(24, 40), (40, 24), (32, 32), (1, 9), (9, 1)]
 WINDOWS = CalibrationOptions(samples=8, sequence_length=64)
+LAYERS, HIDDEN, INNER = (SIZES[name] or 0 for name in ("num_hidden_layers", "hidden_size", "intermediate_size"))
 
 
 def inputs(features: int, tokens: int, seed: int = 0) -> np.ndarray:
     """Returns X [n, tokens] float64 with features of very different sizes, mixed."""
     random = np.random.default_rng(seed)
     mix = random.standard_normal((features, features)) * np.logspace(1, -2, features)
-    return mix @ random.standard_normal((features, tokens))
+    return np.asarray(mix @ random.standard_normal((features, tokens)))
 
 
 def textbook(weight: np.ndarray, x: np.ndarray, rank: int) -> np.ndarray:
     """Returns the product of SVD-LLM as published: SVD of W S with S the Cholesky factor of X X^T."""
     factor = np.linalg.cholesky(x @ x.T)
     u, s, v = np.linalg.svd(weight @ factor, full_matrices=False)
-    return (u[:, :rank] * s[:rank]) @ v[:rank] @ np.linalg.inv(factor)
+    return np.asarray((u[:, :rank] * s[:rank]) @ v[:rank] @ np.linalg.inv(factor))
 
 
 def product(pair: tuple[torch.Tensor, torch.Tensor]) -> np.ndarray:
@@ -115,240 +139,233 @@ def test_plain_truncation_is_the_truncated_svd(shape: tuple[int, int], rank: int
     np.testing.assert_allclose(product((u_found, v_found)), (u[:, :rank] * s[:rank]) @ v[:rank], atol=1e-12)
 
 
-# Statistics
-
-
-@functools.cache
-def windows() -> torch.Tensor:
-    ids = token_ids(passage(CALIBRATION_TEXT, 8000), small_tokenizer())
-    return random_windows(ids, WINDOWS)
-
-
-def hooked_moments(model: Any, names: list[str]) -> dict[str, np.ndarray]:
-    """Returns X^T X of every module on its own, summed in float64."""
-    found: dict[str, np.ndarray] = {}
-
-    def collect(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            x = args[0].numpy().astype(np.float64).reshape(-1, args[0].shape[-1])
-            found[name] = found.get(name, 0) + x.T @ x
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(collect(name)) for name in names]
-    with torch.no_grad():
-        for batch in windows().split(3):
-            model(input_ids=batch, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2"])
-def test_moments_are_those_of_each_layers_own_inputs(kind: str) -> None:
-    model = small_model(kind)
-    layers = target_layers(model, "model")
-    expected = hooked_moments(model, list(layers))
-    found = input_moments(model, layers, windows(), batch_size=3)
-    assert found.keys() == expected.keys() == layers.keys()
-    for name, moment in found.items():
-        assert moment.dtype == torch.float64
-        # A float32 sum of n products is off by at most n * eps * sum |products|.
-        tokens = 3 * WINDOWS.sequence_length
-        bound = (
-            tokens * np.finfo(np.float32).eps * np.sqrt(np.outer(expected[name].diagonal(), expected[name].diagonal()))
-        )
-        assert (np.abs(moment.numpy() - expected[name]) <= bound).all(), name
-
-
-def test_layers_with_the_same_input_share_one_matrix() -> None:
-    model = small_model()
-    found = input_moments(model, target_layers(model, "model"), windows())
-    distinct = {id(moment) for moment in found.values()}
-    assert len(distinct) == 4 * SIZES["num_hidden_layers"]  # q k v | o | gate up | down
-    layer = "model.layers.1"
-    assert found[f"{layer}.self_attn.q_proj"] is found[f"{layer}.self_attn.v_proj"]
-    assert found[f"{layer}.mlp.gate_proj"] is found[f"{layer}.mlp.up_proj"]
-    assert found[f"{layer}.self_attn.o_proj"] is not found[f"{layer}.self_attn.q_proj"]
-
-
-def test_hooks_are_gone_afterwards_even_when_the_model_fails() -> None:
-    model = small_model()
-    layers = target_layers(model, "model")
-    with pytest.raises(IndexError):
-        model(input_ids=torch.tensor([[SIZES["vocab_size"]]]))
-    with pytest.raises(InputRefusedError, match=r"token 384 .*the model knows 0 \.\. 383"):
-        input_moments(model, layers, torch.tensor([[1, SIZES["vocab_size"]]]))
-    input_moments(model, layers, windows()[:1])
-    assert not any(layer._forward_pre_hooks for layer in layers.values())
-
-
-def test_activations_that_are_not_finite_name_the_layer() -> None:
-    model = small_model()
-    with torch.no_grad():
-        model.get_submodule("model.layers.1.input_layernorm").weight[3] = np.inf
-    with pytest.raises(StageFailedError, match=r"model\.layers\.1\.self_attn\.q_proj saw NaN or Inf activations"):
-        input_moments(model, target_layers(model, "model"), windows()[:1])
-
-
-def test_a_layer_that_is_never_called_is_named() -> None:
-    model = small_model()
-    model.spare = nn.Linear(4, 4)
-    with pytest.raises(StageFailedError, match="spare was never called in calibration"):
-        input_moments(model, target_layers(model, "model"), windows()[:1])
-
-
 # Whole models
 
 
 @pytest.fixture(scope="module")
-def calibration(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text(passage(CALIBRATION_TEXT, 8000), encoding="utf-8")
-    return path
+    return str(path)
 
 
-def whitened(calibration: Path, **changes: Any) -> CompressOptions:
-    return CompressOptions(**{"density": 0.6, "calibration": (calibration,), "windows": WINDOWS, **changes})
+def asked(text: str, **changes: Any) -> CompressOptions:
+    fields: dict[str, Any] = {"density": 0.6, "calibration": (text,), "windows": WINDOWS, "device": "cpu"}
+    return CompressOptions(**fields | changes)
+
+
+def targets(model: Any) -> dict[str, nn.Linear]:
+    """Returns the linears that are compressed when nothing else is said: all but the output head."""
+    return {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "lm_head"
+    }
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral"])
-@pytest.mark.parametrize("format_", ["pifa", "lowrank"])
+@pytest.mark.parametrize(("method", "format_"), [("mpifa", "pifa"), ("mpifa", "lowrank"), ("whitened", "pifa")])
 def test_a_compressed_model_holds_what_was_asked_for(
-    kind: str, format_: str, calibration: Path, tmp_path: Path
+    method: str, format_: str, kind: str, calibration: str, tmp_path: Path
 ) -> None:
     source = save_dense(tmp_path / "dense", kind)
-    summary = compress_model(source, tmp_path / "out", whitened(calibration, format=format_))
-    record, dense, stored = (
-        validate(tmp_path / "out"),
-        small_model(kind),
-        load_file(tmp_path / "out" / "model.safetensors"),
-    )
-    targets = target_layers(dense, kind)
-    assert record.modules.keys() == targets.keys()
-    assert "lm_head" not in record.modules
+    summary = compress_model(source, tmp_path / "out", asked(calibration, method=method, format=format_))
+    record, dense = validate(tmp_path / "out"), small_model(kind)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    linears = targets(dense)
+    assert record.modules.keys() == linears.keys()
     size_of = {"pifa": rank_for_density, "lowrank": low_rank_rank_for_density}[format_]
     for name, spec in record.modules.items():
         shape = (spec.out_features, spec.in_features)
-        assert shape == tuple(targets[name].weight.shape)
+        assert shape == tuple(linears[name].weight.shape)
         assert (spec.format, spec.rank) == (format_, size_of(*shape, 0.6))
         assert spec.parameters() <= 0.6 * math.prod(shape)  # never above the budget, and one more rank would be
         assert spec.parameters() + sum(shape) > 0.6 * math.prod(shape) - spec.rank
     state = dense.state_dict()
-    kept = [name for name in state if not any(name == f"{module}.weight" for module in targets)]
+    kept = [name for name in state if not any(name == f"{module}.weight" for module in linears)]
     assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(kept)
     for name in kept:  # head, embedding, norms and biases, bit for bit
         assert torch.equal(stored[name], state[name]), name
     assert any(name.endswith("q_proj.bias") for name in kept) == (kind == "qwen2")
-    assert summary.modules == len(targets)
+    assert (summary.path, summary.modules, summary.dense) == (str(tmp_path / "out"), len(linears), {})
     assert summary.dense_parameters == sum(tensor.numel() for tensor in state.values())
-    assert summary.module_density <= 0.6
+    numbers = sum(spec.parameters() for spec in record.modules.values())
+    assert summary.module_density == numbers / sum(layer.weight.numel() for layer in linears.values()) <= 0.6
     assert summary.parameters == sum(t.numel() for name, t in stored.items() if not name.endswith("pivot_rows"))
+    largest = max((float(t.abs().max()) for name, t in stored.items() if name.endswith("coefficients")), default=0.0)
+    assert summary.max_coefficient == pytest.approx(largest)
 
 
 @pytest.mark.parametrize("format_", ["pifa", "lowrank"])
-def test_the_written_model_computes_the_truncated_products(format_: str, calibration: Path, tmp_path: Path) -> None:
+def test_the_written_model_computes_the_truncated_products(format_: str, calibration: str, tmp_path: Path) -> None:
     source = save_dense(tmp_path / "dense", "qwen2")
-    compress_model(source, tmp_path / "out", whitened(calibration, format=format_))
-    dense = small_model("qwen2")
-    layers = target_layers(dense, "model")
-    moments = input_moments(dense, layers, windows())
-    record = validate(tmp_path / "out")
-    truth = small_model("qwen2").double()
-    for name, layer in layers.items():
-        pair = whitened_svd(layer.weight.detach(), moments[name], record.modules[name].rank)
-        truth.get_submodule(name).weight.data = pair[0] @ pair[1]
-    found = load_model(tmp_path / "out", dtype=torch.float32)
-    exact = load_model(tmp_path / "out", dtype=torch.float64)
+    compress_model(source, tmp_path / "out", asked(calibration, method="whitened", format=format_))
+    windows = calibration_set([calibration], small_tokenizer(), WINDOWS).windows
+    truth, modules = small_model("qwen2").double(), validate(tmp_path / "out").modules
+    moments: dict[str, torch.Tensor] = {}
+
+    def collect(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0].flatten(0, -2)
+            moments[name] = x.T @ x
+
+        return hook
+
+    for name, layer in targets(truth).items():
+        layer.register_forward_pre_hook(collect(name))
     with torch.no_grad():
-        expected = truth(input_ids=windows()).logits
-        plain = small_model("qwen2").double()(input_ids=windows()).logits
-        for model, digits in ((found, 1e-4), (exact, 1e-5)):
-            error = (model(input_ids=windows()).logits - expected).norm() / expected.norm()
-            assert error < digits  # float32 storage, grown by |C| and the layers
-    assert (plain - expected).norm() / expected.norm() > 1e-2  # the comparison can fail
+        plain = truth(input_ids=windows).logits
+        for name, layer in targets(truth).items():
+            pair = whitened_svd(layer.weight.detach(), moments[name], modules[name].rank)
+            layer.weight.data = pair[0] @ pair[1]
+        expected = truth(input_ids=windows).logits
+        for dtype in (torch.float32, torch.float64):
+            found = load_model(tmp_path / "out", dtype=dtype)(input_ids=windows).logits
+            # float32 storage and statistics, grown by |C| and the layers.
+            assert (found - expected).norm() < 1e-4 * expected.norm()
+    assert (plain - expected).norm() > 1e-2 * expected.norm()  # the comparison can fail
 
 
-def test_the_tokenizer_and_its_chat_template_come_along(calibration: Path, tmp_path: Path, dense: Path) -> None:
-    compress_model(dense, tmp_path / "out", whitened(calibration))
+def test_the_tokenizer_and_its_chat_template_come_along(calibration: str, tmp_path: Path, dense: Path) -> None:
+    compress_model(dense, tmp_path / "out", asked(calibration))
     carried, text = load_tokenizer(tmp_path / "out"), "It is a truth, universally acknowledged."
     assert carried.chat_template == CHAT_TEMPLATE
     assert carried(text).input_ids == small_tokenizer()(text).input_ids
 
 
-def test_config_json_records_how_it_was_made(calibration: Path, tmp_path: Path, dense: Path) -> None:
-    compress_model(dense, tmp_path / "out", whitened(calibration, rank_multiple=4))
+def test_config_json_records_how_it_was_made(calibration: str, tmp_path: Path, dense: Path) -> None:
+    chosen = asked(calibration, rank_multiple=4, attention_density=0.5)
+    compress_model(dense, tmp_path / "out", chosen)
     written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-    assert (written["source"], written["density"]) == ("whitened", 0.6)
+    assert (written["source"], written["density"]) == ("mpifa", 0.6)
+    found = calibration_set([calibration], small_tokenizer(), WINDOWS)
     assert written["details"] == {
-        "calibration": ["calibration.txt"],
-        "rank_multiple": 4,
+        "calibration": [dict(entry) for entry in found.record],
         "samples": 8,
-        "seed": 0,
         "sequence_length": 64,
+        "seed": 0,
+        "reconstruction": asdict(ReconstructionOptions()),
+        "format": "pifa",
+        "rank_multiple": 4,
+        "attention_density": 0.5,
+        "layer_density": "uniform",
+        "left_dense": {},
     }
     assert str(tmp_path) not in (tmp_path / "out" / "config.json").read_text()
 
 
-@pytest.mark.parametrize("format_", ["pifa", "lowrank"])
-def test_two_runs_write_the_same_bytes(format_: str, calibration: Path, tmp_path: Path, dense: Path) -> None:
+def test_without_text_no_text_is_recorded(calibration: str, tmp_path: Path, dense: Path) -> None:
+    compress_model(dense, tmp_path / "out", asked(calibration, method="svd"))
+    details = validate(tmp_path / "out").details
+    assert details["calibration"] == []
+    assert "reconstruction" not in details
+
+
+def test_a_linear_without_a_rank_that_saves_anything_stays_dense_and_is_told(
+    calibration: str, tmp_path: Path, dense: Path
+) -> None:
+    # k and v are 24 x 48 here: the smallest multiple of 24 stores more than they do.
+    summary = compress_model(dense, tmp_path / "out", asked(calibration, rank_multiple=24, density=0.85))
+    names = {f"model.layers.{layer}.self_attn.{x}_proj" for layer in range(LAYERS) for x in "kv"}
+    assert summary.dense.keys() == names == validate(tmp_path / "out").details["left_dense"].keys()
+    assert all("24 x 48 has no multiple of 24 as rank" in reason for reason in summary.dense.values())
+    found, state = load_file(tmp_path / "out" / "model.safetensors"), small_model().state_dict()
+    assert all(torch.equal(found[f"{name}.weight"], state[f"{name}.weight"]) for name in names)
+    assert summary.modules == 5 * LAYERS
+    assert summary.module_density <= 0.85
+
+
+@pytest.mark.parametrize(("method", "format_"), [("mpifa", "pifa"), ("mpifa", "lowrank"), ("svd", "pifa")])
+def test_two_runs_write_the_same_bytes(
+    method: str, format_: str, calibration: str, tmp_path: Path, dense: Path
+) -> None:
     for name in ("one", "two"):
-        compress_model(dense, tmp_path / name, whitened(calibration, format=format_))
+        compress_model(dense, tmp_path / name, asked(calibration, method=method, format=format_))
     assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]  # and nothing beside them
 
 
-def test_another_seed_gives_other_factors(calibration: Path, tmp_path: Path, dense: Path) -> None:
+def test_another_seed_gives_other_factors(calibration: str, tmp_path: Path, dense: Path) -> None:
     for seed in (0, 1):
         other = CalibrationOptions(samples=2, sequence_length=32, seed=seed)
-        compress_model(dense, tmp_path / str(seed), whitened(calibration, windows=other))
+        compress_model(dense, tmp_path / str(seed), asked(calibration, windows=other))
     one, two = (load_file(tmp_path / name / "model.safetensors")[f"{Q_PROJ}.pivot_weight"] for name in "01")
     assert not torch.equal(one, two)
 
 
+def test_several_sources_calibrate_together(calibration: str, tmp_path: Path, dense: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "a.txt").write_text(passage(CALIBRATION_TEXT, 3000))
+    compress_model(dense, tmp_path / "out", asked(calibration, calibration=(calibration, str(tmp_path / "folder"))))
+    found = validate(tmp_path / "out").details["calibration"]
+    assert [(entry["name"], len(entry["windows"])) for entry in found] == [("calibration.txt", 4), ("folder", 4)]
+
+
 def test_ranks_are_multiples_on_request_and_the_density_reached_is_told(tmp_path: Path, dense: Path) -> None:
-    options = {"density": 0.6, "method": "svd"}
-    free = compress_model(dense, tmp_path / "free", CompressOptions(**options))
-    rounded = compress_model(dense, tmp_path / "rounded", CompressOptions(**options, rank_multiple=8))
-    found = validate(tmp_path / "rounded").modules
+    free = compress_model(dense, tmp_path / "free", CompressOptions(density=0.6, method="svd"))
+    rounded = compress_model(dense, tmp_path / "rounded", CompressOptions(density=0.6, method="svd", rank_multiple=8))
+    found, unrounded = (validate(tmp_path / name).modules for name in ("rounded", "free"))
     assert all(spec.rank % 8 == 0 for spec in found.values())
-    assert all(spec.rank <= validate(tmp_path / "free").modules[name].rank for name, spec in found.items())
+    assert all(spec.rank <= unrounded[name].rank for name, spec in found.items())
     reached = sum(spec.parameters() for spec in found.values())
     assert rounded.module_density == reached / sum(spec.in_features * spec.out_features for spec in found.values())
     assert rounded.module_density < free.module_density <= 0.6
 
 
+@pytest.mark.parametrize("format_", ["pifa", "lowrank"])
 @pytest.mark.parametrize(("flag", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
-def test_weights_are_stored_in_the_asked_dtype(flag: str, dtype: torch.dtype, tmp_path: Path, dense: Path) -> None:
-    compress_model(dense, tmp_path / "out", CompressOptions(density=0.6, method="svd", dtype=flag))
+def test_weights_are_stored_in_the_asked_dtype(
+    flag: str, dtype: torch.dtype, format_: str, calibration: str, tmp_path: Path, dense: Path
+) -> None:
+    compress_model(dense, tmp_path / "out", asked(calibration, dtype=flag, format=format_))
     stored = load_file(tmp_path / "out" / "model.safetensors")
     floats = {tensor.dtype for name, tensor in stored.items() if not name.endswith("pivot_rows")}
     assert floats == {dtype}
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
 
 
-def test_whitening_beats_plain_truncation_on_the_calibration_inputs_of_every_layer() -> None:
-    model = small_model()
-    layers = target_layers(model, "model")
-    moments = input_moments(model, layers, windows())
-    for name, layer in layers.items():
-        weight, moment = layer.weight.detach().double(), moments[name]
-        rank = rank_for_density(*weight.shape, 0.5)
-
-        def error(pair: tuple[torch.Tensor, torch.Tensor], weight: Any = weight, moment: Any = moment) -> float:
-            miss = weight - pair[0] @ pair[1]
-            return math.sqrt(float((miss @ moment * miss).sum()))  # ||(W - U V) X||_F
-
-        plain, white = error(truncated_svd(weight, rank)), error(whitened_svd(weight, moment, rank))
-        assert white < plain, name
+def test_later_layers_see_the_factors_as_they_are_rounded(calibration: str, tmp_path: Path, dense: Path) -> None:
+    for flag in ("fp32", "bf16"):
+        compress_model(dense, tmp_path / flag, asked(calibration, dtype=flag))
+    wide, narrow = (load_file(tmp_path / flag / "model.safetensors") for flag in ("fp32", "bf16"))
+    first, last = (f"model.layers.{layer}.self_attn.q_proj.pivot_weight" for layer in (0, LAYERS - 1))
+    assert torch.equal(wide[first].bfloat16(), narrow[first])  # on the same inputs
+    assert not torch.equal(wide[last].bfloat16(), narrow[last])
 
 
-def test_both_formats_are_modules_of_their_kind(calibration: Path, tmp_path: Path, dense: Path) -> None:
+def test_both_formats_are_modules_of_their_kind(calibration: str, tmp_path: Path, dense: Path) -> None:
     for format_, kind in (("pifa", PifaLinear), ("lowrank", LowRankLinear)):
-        compress_model(dense, tmp_path / format_, whitened(calibration, format=format_))
+        compress_model(dense, tmp_path / format_, asked(calibration, format=format_))
         assert isinstance(load_model(tmp_path / format_, dtype=torch.float32).get_submodule(Q_PROJ), kind)
 
 
-def test_a_layer_without_usable_factors_is_named_and_nothing_is_written(tmp_path: Path) -> None:
+def test_tied_embeddings_stay_tied(calibration: str, tmp_path: Path) -> None:
+    source = save_dense(tmp_path / "dense", tie_word_embeddings=True)
+    compress_model(source, tmp_path / "out", asked(calibration))
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    found = load_model(tmp_path / "out", dtype=None)
+    assert found.lm_head.weight is found.model.embed_tokens.weight
+    assert torch.equal(found.lm_head.weight, load_model(source, dtype=None).lm_head.weight)
+
+
+def test_where_the_time_went_adds_up(calibration: str, tmp_path: Path, dense: Path) -> None:
+    summary = compress_model(dense, tmp_path / "out", asked(calibration))
+    assert {"forward", "statistics", "solves", "pivoting", "other"} <= summary.shares.keys()
+    assert sum(summary.shares.values()) == pytest.approx(1.0, abs=1e-2)
+    assert summary.seconds > 0
+
+
+def test_activations_of_two_flows_and_one_group_are_kept_at_most(calibration: str, tmp_path: Path, dense: Path) -> None:
+    summary = compress_model(dense, tmp_path / "out", asked(calibration))
+    tokens = WINDOWS.samples * WINDOWS.sequence_length
+    # Both flows, the dense inputs of all four groups, and the remembered output of attention.
+    groups = 3 * HIDDEN + INNER
+    assert summary.activation_bytes <= 4 * tokens * (3 * HIDDEN + groups)
+    assert compress_model(dense, tmp_path / "svd", asked(calibration, method="svd")).activation_bytes == 0
+
+
+# What cannot be done
+
+
+def test_a_linear_without_usable_factors_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     model = small_model()
     model.get_submodule(Q_PROJ).weight.data.fill_(6e4)  # sixfold in one factor: beyond float16
     model.get_submodule(Q_PROJ).weight.data[0] *= 4
@@ -359,6 +376,138 @@ def test_a_layer_without_usable_factors_is_named_and_nothing_is_written(tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 
 
+Change = Callable[[Any], None]
+
+
+def infinite_norm(model: Any) -> None:
+    model.get_submodule("model.layers.0.post_attention_layernorm").weight.data.fill_(3e38)
+    model.get_submodule("model.layers.0.mlp.gate_proj").weight.data.fill_(3e38)
+    model.get_submodule("model.layers.0.mlp.up_proj").weight.data.fill_(3e38)
+
+
+def silent_values(model: Any) -> None:
+    model.get_submodule("model.layers.1.self_attn.v_proj").weight.data.zero_()
+
+
+def spare_linear(model: Any) -> None:
+    model.model.layers[1].mlp.spare = nn.Linear(8, 8)
+
+
+LOST = r"layers?[. ]0.* NaN or Inf .*check the model"
+FAILURES: dict[str, tuple[Change, dict[str, Any], str]] = {
+    "activations overflow": (infinite_norm, {}, LOST),
+    "activations overflow in a dense pass": (infinite_norm, {"method": "whitened"}, LOST),
+    "a linear sees only zeros": (
+        silent_values,
+        {},
+        r"model\.layers\.1\.self_attn\.o_proj saw only zeros in calibration.*--exclude",
+    ),
+    "a linear sees only zeros in a dense pass": (
+        silent_values,
+        {"method": "whitened"},
+        r"model\.layers\.1\.self_attn\.o_proj saw only zeros in calibration.*--exclude",
+    ),
+    "a linear that the model never calls": (
+        spare_linear,
+        {},
+        r"model\.layers\.1\.mlp\.spare was never called in calibration; leave it out with --exclude",
+    ),
+    "a ridge too small for the statistics": (
+        lambda model: None,
+        {
+            "reconstruction": ReconstructionOptions(ridge=1e-300),
+            "windows": CalibrationOptions(samples=1, sequence_length=8),
+        },
+        r"model\.layers\.0\.self_attn\.q_proj: its statistics are singular .*larger --ridge",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_statistics_that_cannot_be_used_name_the_linear(
+    case: str, calibration: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change, options, message = FAILURES[case]
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        model = load_model(*args, **kwargs)
+        change(model)
+        return model
+
+    monkeypatch.setattr(pifa_deploy.compression, "load_model", load)
+    with pytest.raises(StageFailedError, match=message):
+        compress_model(dense, tmp_path / "out", asked(calibration, **options))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dead_linear_is_no_obstacle(
+    method: str, calibration: str, dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zero weights and dead outputs have factors too; `o_proj` is all zeros, `up_proj` mostly."""
+
+    def load(*args: Any, **kwargs: Any) -> Any:
+        model = load_model(*args, **kwargs)
+        model.get_submodule("model.layers.1.self_attn.o_proj").weight.data.zero_()
+        model.get_submodule("model.layers.1.mlp.up_proj").weight.data[3:].zero_()
+        return model
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pifa_deploy.compression, "load_model", load)
+        compress_model(dense, tmp_path / "out", asked(calibration, method=method, density=0.5))
+    found = load_model(tmp_path / "out", dtype=torch.float32)
+    x = torch.randn(5, HIDDEN)
+    with torch.no_grad():
+        assert not found.get_submodule("model.layers.1.self_attn.o_proj")(x).any()
+        assert found.get_submodule("model.layers.1.mlp.up_proj")(x)[:, 3:].abs().max() <= 1e-4
+
+
+def test_windows_longer_than_the_models_positions_are_refused(calibration: str, tmp_path: Path) -> None:
+    source = save_dense(tmp_path / "dense", max_position_embeddings=32)
+    with pytest.raises(ValueError, match="windows have 64 tokens, the model has positions for 32; lower --sequence"):
+        compress_model(source, tmp_path / "out", asked(calibration))
+
+
+def test_a_tokenizer_of_another_model_is_refused(calibration: str, tmp_path: Path) -> None:
+    source = save_dense(tmp_path / "dense", vocab_size=200)
+    with pytest.raises(
+        InputRefusedError, match=r"the tokenizer made token \d+ of the text, the model knows 0 \.\. 199"
+    ):
+        compress_model(source, tmp_path / "out", asked(calibration))
+
+
+def test_a_density_without_a_rank_names_the_linear_before_any_work(tmp_path: Path, dense: Path) -> None:
+    reports: list[LayerReport] = []
+    with pytest.raises(ValueError, match=rf"{Q_PROJ}: density 0\.001 .* is the least that would do"):
+        compress_model(dense, tmp_path / "out", CompressOptions(density=0.001, method="svd"), report=reports.append)
+    assert not reports
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_patterns_that_match_nothing_are_refused(tmp_path: Path, dense: Path) -> None:
+    with pytest.raises(ValueError, match=r"include \['expert'\] and exclude \[\] leave no linear to compress"):
+        compress_model(dense, tmp_path / "out", CompressOptions(density=0.5, method="svd", include=("expert",)))
+
+
+def test_a_factorised_model_is_not_factorised_again(tmp_path: Path, checkpoint: Path) -> None:
+    with pytest.raises(InputRefusedError, match="is factorised already; give the dense model"):
+        compress_model(checkpoint, tmp_path / "out", CompressOptions(density=0.5, method="svd"))
+
+
+def test_an_output_is_replaced_only_on_request_and_by_a_whole_one(
+    calibration: str, tmp_path: Path, dense: Path
+) -> None:
+    compress_model(dense, tmp_path / "out", CompressOptions(density=0.5, method="svd"))
+    before = content(tmp_path / "out")
+    with pytest.raises(OutputExistsError):
+        compress_model(dense, tmp_path / "out", asked(calibration))
+    with pytest.raises(PifaDeployError):
+        compress_model(dense, tmp_path / "out", asked(calibration, calibration=("nowhere",), force=True))
+    assert content(tmp_path / "out") == before
+    compress_model(dense, tmp_path / "out", asked(calibration, force=True))
+    assert validate(tmp_path / "out").source == "mpifa"
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -366,7 +515,11 @@ def test_a_layer_without_usable_factors_is_named_and_nothing_is_written(tmp_path
         ({"density": 1.0}, "density is 1.0, expected"),
         ({"density": float("nan")}, "density is nan, expected"),
         ({"method": "magic"}, "method is 'magic', expected one of"),
+        ({"method": "mpifa"}, "method mpifa needs calibration text; pass --calibration FILE"),
         ({"method": "whitened"}, "method whitened needs calibration text; pass --calibration FILE"),
+        ({"layer_density": "owl"}, "method svd needs calibration text; pass --calibration FILE"),
+        ({"layer_density": "round"}, "layer_density is 'round', expected one of"),
+        ({"attention_density": 2.0}, "attention_density is 2.0, expected"),
         ({"format": "zip"}, "format is 'zip', expected one of"),
         ({"dtype": "int8"}, "dtype is 'int8', expected one of"),
         ({"rank_multiple": 0}, "rank_multiple is 0, expected at least 1"),
@@ -378,6 +531,14 @@ def test_options_out_of_range_are_refused(fields: dict[str, Any], message: str) 
         CompressOptions(**{"density": 0.5, "method": "svd", **fields})
 
 
-def test_a_factorised_model_is_not_factorised_again(tmp_path: Path, checkpoint: Path) -> None:
-    with pytest.raises(InputRefusedError, match="is factorised already; give the dense model"):
-        compress_model(checkpoint, tmp_path / "out", CompressOptions(density=0.5, method="svd"))
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dtype": "int8"}, "dtype is 'int8', expected one of"),
+        ({"batch_tokens": 0}, "batch_tokens is 0, expected at least 1"),
+    ],
+    ids=str,
+)
+def test_activation_options_out_of_range_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ActivationOptions(**fields)

@@ -21,7 +21,7 @@ import torch
 from cli_fixtures import Outcome, content
 from conftest import projections
 
-from pifa_deploy.cli.main import main
+from pifa_deploy.cli.main import main, run
 from pifa_deploy.compression import pipeline
 from pifa_deploy.errors import FactorizationError
 from pifa_deploy.model_folder import load_model
@@ -83,8 +83,7 @@ def alone(dense: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     def folder(*more: str) -> Path:
         if more not in made:
             made[more] = tmp_path_factory.mktemp("alone") / "out"
-            with pytest.raises(SystemExit, match="^0$"):
-                main(arguments(dense, made[more], text, *more))
+            assert run(arguments(dense, made[more], text, *more)) == 0
         return made[more]
 
     return folder
@@ -148,7 +147,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Group]:
         ["pytest", "pifa_deploy.compression", "transformers.models.llama.modeling_llama", "tokenizers"]
     )
 
-    def run(line: list[str], *, count: int = 2, fault: str = "") -> Group:
+    def group_of(line: list[str], *, count: int = 2, fault: str = "") -> Group:
         streams, port = tmp_path_factory.mktemp("streams"), free_port()
         started = time.monotonic()
         processes = [
@@ -163,7 +162,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Group]:
                 process.join()
         return Group(streams, [process.exitcode or 0 for process in processes], time.monotonic() - started)
 
-    return run
+    return group_of
 
 
 METHODS = {
@@ -227,9 +226,7 @@ def test_the_first_process_tells_what_failed_in_another(
     group.failed(STAGE_FAILED, "process 1: planted")
 
 
-def test_a_state_of_another_seed_ends_all_with_one_line(
-    dense: Path, text: Path, tmp_path: Path, together: Any
-) -> None:
+def test_a_state_of_another_seed_ends_all_with_one_line(dense: Path, text: Path, tmp_path: Path, together: Any) -> None:
     together(arguments(dense, tmp_path / "out", text), fault="failure of 0").failed(STAGE_FAILED, "error: planted")
     before = content(tmp_path)
     line = [*arguments(dense, tmp_path / "out", text), "--seed", "1"]
@@ -336,12 +333,10 @@ def test_under_torchrun_the_death_of_one_ends_all_and_the_rest_goes_on(
     assert outcome.errors == [line for line in outcome.errors if "is gone" in line or "terminated" in line]
     assert len(outcome.errors) == 1, outcome.err
     assert {path.name for path in tmp_path.iterdir()} == {".out.resume"}
-    with pytest.raises(SystemExit, match="^0$"):
-        main(line)
+    assert run(line) == 0
     (tmp_path / "other").mkdir()
     line[2] = str(tmp_path / "other" / "out")
-    with pytest.raises(SystemExit, match="^0$"):
-        main(line)
+    assert run(line) == 0
     assert_same_model(tmp_path / "other" / "out", tmp_path / "out")
 
 
@@ -356,7 +351,7 @@ def test_under_torchrun_a_missing_text_is_one_line(dense: Path, tmp_path: Path, 
 
 BUSY = """
 import os, sys, time
-from pifa_deploy.cli.main import main
+from pifa_deploy.cli.main import main, run
 from pifa_deploy.compression import pipeline
 from pifa_deploy.errors import FactorizationError
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from cli_fixtures import Outcome, content, passage
+from cli_plugin import SMALL
 from research_fixtures import compressed, save_research, tiny_llama
 
 from pifa_deploy.calibration import CALIBRATION_TEXT
@@ -307,22 +308,6 @@ def test_an_error_that_follows_from_ctrl_c_is_ctrl_c(
 
 
 # No space
-
-SMALL = 96 * 1024  # bytes
-
-
-@pytest.fixture
-def full_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with less space than any artefact of the small model needs."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={SMALL}", "none", str(place)], capture_output=True, text=True, check=False
-    )
-    if made.returncode != 0:
-        pytest.skip(f"a file system cannot be mounted here: {made.stderr.strip()}")
-    yield place
-    subprocess.run(["umount", str(place)], check=True)
 
 
 def fill(disk: Path) -> None:

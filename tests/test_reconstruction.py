@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from reconstruction_fixtures import Problem
 
 from pifa_deploy.compression.distributed import Processes
 from pifa_deploy.compression.reconstruction import RIDGES, SOLVERS, Reconstruction, ReconstructionOptions
@@ -21,50 +22,6 @@ ALONE = Processes(rank=0, count=1, device=CPU)
 SHAPES = [(24, 40), (40, 24), (32, 32), (1, 9), (9, 1)]
 # Rounding of float64 work on moments, which square the spectrum of the inputs.
 ROUNDING = 1e-8
-
-
-@dataclass
-class Problem:
-    """W [m, n], the inputs X [n, tokens] of the compressed model and X_o of the dense one."""
-
-    weight: np.ndarray
-    x: np.ndarray
-    x_dense: np.ndarray
-
-    @property
-    def moments(self) -> InputMoments:
-        found = InputMoments(len(self.x), CPU, cross=True)
-        found.gram = torch.from_numpy(self.x @ self.x.T)
-        found.cross = torch.from_numpy(self.x_dense @ self.x.T)
-        return found
-
-    def rows(self, options: ReconstructionOptions) -> tuple[np.ndarray, np.ndarray]:
-        """Returns inputs and targets of a least-squares problem without a ridge: its root stands as more tokens."""
-        energy = np.square(self.x).sum(1)
-        spread = energy if options.ridge_shape == "diagonal" else np.full(len(energy), energy.mean())
-        root = np.diag(np.sqrt(options.ridge * spread))
-        mixed = options.dense_share * self.x_dense + (1 - options.dense_share) * self.x
-        return np.hstack([self.x, root]), np.hstack([self.weight @ mixed, self.weight @ root])
-
-    def objective(self, found: np.ndarray, options: ReconstructionOptions) -> float:
-        x, y = self.rows(options)
-        return float(np.square(y - found @ x).sum())
-
-    def optimum(self, rank: int, options: ReconstructionOptions) -> np.ndarray:
-        """Returns the best matrix of a rank: the least-squares solution, projected where its outputs are largest."""
-        x, y = self.rows(options)
-        free = np.linalg.lstsq(x.T, y.T, rcond=None)[0].T
-        leading = np.linalg.svd(free @ x, full_matrices=False)[0][:, :rank]
-        return np.asarray(leading @ leading.T @ free)
-
-    def solved(self, rank: int, options: ReconstructionOptions) -> np.ndarray:
-        u, v = Reconstruction(self.moments, options).solve(torch.from_numpy(self.weight), rank)
-        assert u.shape == (len(self.weight), rank)
-        assert v.shape == (rank, len(self.x))
-        return np.asarray((u @ v).numpy())
-
-    def scale(self, options: ReconstructionOptions) -> float:
-        return float(np.square(self.rows(options)[1]).sum())
 
 
 def problem(shape: tuple[int, int], tokens: int | None = None, seed: int = 0) -> Problem:
@@ -89,9 +46,7 @@ CASES = [(shape, rank) for shape in SHAPES for rank in ranks(shape)]
 @pytest.mark.parametrize("ridge_shape", RIDGES)
 @pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize(("shape", "rank"), CASES)
-def test_the_closed_solution_is_the_optimum(
-    shape: tuple[int, int], rank: int, share: float, ridge_shape: str
-) -> None:
+def test_the_closed_solution_is_the_optimum(shape: tuple[int, int], rank: int, share: float, ridge_shape: str) -> None:
     given = problem(shape)
     options = ReconstructionOptions(dense_share=share, ridge_shape=ridge_shape)
     found, best = given.solved(rank, options), given.optimum(rank, options)

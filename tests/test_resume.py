@@ -166,7 +166,15 @@ def killed() -> Callable[..., None]:
     ],
 )
 def test_killed_and_started_again_it_writes_the_same_bytes(
-    run: str, moment: str, count: int, finished: int, source: Path, options: Any, tmp_path: Path, whole: Any, killed: Any
+    run: str,
+    moment: str,
+    count: int,
+    finished: int,
+    source: Path,
+    options: Any,
+    tmp_path: Path,
+    whole: Any,
+    killed: Any,
 ) -> None:
     chosen = replace(options, **RUNS[run])
     killed(source, tmp_path / "out", chosen, moment, count)
@@ -277,9 +285,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_other_options_are_refused_by_name(
-    other: str, stopped: Path, source: Path, options: CompressOptions
-) -> None:
+def test_other_options_are_refused_by_name(other: str, stopped: Path, source: Path, options: CompressOptions) -> None:
     changes, pattern = OTHERS[other]
     before = content(stopped)
     with pytest.raises(MisfitError, match=rf"\.out\.resume: is of another compression, with {pattern}; run the same"):
@@ -309,7 +315,7 @@ def test_another_tokenizer_is_refused(stopped: Path, source: Path, options: Comp
     state = json.loads((changed / "tokenizer.json").read_text(encoding="utf-8"))
     state["model"]["merges"] = state["model"]["merges"][:20]
     (changed / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
-    with pytest.raises(MisfitError, match="with calibration tokens [0-9a-f]{64}, now"):
+    with pytest.raises(MisfitError, match=r"with calibration tokens [0-9a-f]{64}, now"):
         compress_model(changed, stopped / "out", options)
 
 
@@ -341,7 +347,9 @@ def command(source: Path, out: Path, texts: Path) -> list[object]:
     return ["compress", source, out, "--density", 0.5, "--calibration", texts / "a.txt", *sizes]
 
 
-def test_restart_begins_anew(stopped: Path, source: Path, options: CompressOptions, texts: Path, tmp_path: Path) -> None:
+def test_restart_begins_anew(
+    stopped: Path, source: Path, options: CompressOptions, texts: Path, tmp_path: Path
+) -> None:
     other = replace(options, windows=replace(options.windows, seed=1))
     (tmp_path / "fresh").mkdir()
     compress_model(source, tmp_path / "fresh" / "out", other)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -30,9 +31,9 @@ _DTYPES = click.Choice(["fp32", "fp16", "bf16"])
 @click.option("--method", type=click.Choice(_METHODS), default="mpifa", show_default=True)
 @click.option("--format", type=click.Choice(["pifa", "lowrank"]), default="pifa", show_default=True)
 @click.option("--calibration", multiple=True, help="Text file, folder, datasets:NAME or mixture; may be repeated.")
-@click.option("--calibration-samples", "samples", type=int, default=128, show_default=True)
-@click.option("--sequence-length", type=int, default=2048, show_default=True)
-@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--calibration-samples", "samples", type=int, default=128, show_default=True, help="Windows of text.")
+@click.option("--sequence-length", type=int, default=2048, show_default=True, help="Tokens a window.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Of the places of the windows.")
 @click.option("--include", multiple=True, help="Pattern of linears to compress; all in the decoder layers if left out.")
 @click.option("--exclude", multiple=True, help="Pattern of linears to leave dense.")
 @click.option("--attention-density", type=float, help="Density of attention; the MLP has what the budget leaves.")
@@ -44,12 +45,15 @@ _DTYPES = click.Choice(["fp32", "fp16", "bf16"])
     help="What decides how dense each layer is.",
 )
 @click.option("--rank-multiple", type=int, default=1, show_default=True, help="Round ranks down to a multiple.")
-@click.option("--dense-share", type=float, help="mpifa: lambda, part of the targets from the dense model's inputs.")
-@click.option("--ridge", type=float, help="mpifa: alpha, weight of staying near the dense weights.")
-@click.option("--solver", type=click.Choice(["closed", "alternating"]), help="mpifa: how the factors are found.")
-@click.option("--steps", type=int, help="mpifa: rounds of the alternating solver.")
+@click.option("--dense-share", type=float, help="mpifa: lambda, share of dense inputs in the targets; 0.25.")
+@click.option("--ridge", type=float, help="mpifa: alpha, pull towards dense weights relative to input energy; 0.1.")
+@click.option(
+    "--ridge-shape", type=click.Choice(["diagonal", "identity"]), help="mpifa: energy of each input, or mean."
+)
+@click.option("--solver", type=click.Choice(["closed", "alternating"]), help="mpifa: best in one step, or the paper's.")
+@click.option("--steps", type=int, help="mpifa: rounds of the alternating solver; 1.")
 @click.option("--dtype", type=_DTYPES, default="fp32", show_default=True, help="Dtype of the stored weights.")
-@click.option("--activation-dtype", type=_DTYPES, default="fp32", show_default=True)
+@click.option("--activation-dtype", type=_DTYPES, default="fp32", show_default=True, help="16 bits halve the memory.")
 @click.option("--activation-folder", type=click.Path(path_type=Path), help="Keep activations in files here.")
 @click.option("--batch-tokens", type=int, default=4096, show_default=True, help="Tokens computed at once.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="The GPU when there is one if left out.")
@@ -117,14 +121,16 @@ def _resumable(out: Path) -> Iterator[None]:
         raise click.exceptions.Exit(error.exit_code) from error
     except (KeyboardInterrupt, OutputError):
         if done := finished_layers(out):
-            click.echo(f"note: the same command goes on after layer {done}", err=True)
+            click.echo(f"note: the same command, without --restart, goes on after layer {done}", err=True)
         raise
 
 
 def _show_layer(report: LayerReport) -> None:
     drift = "" if report.drift is None else f", drift {report.drift:.4f}"
+    # The running clock of a terminal is written over.
+    start = "\r" if sys.stderr.isatty() else ""
     click.echo(
-        f"\rlayer {report.layer + 1}/{report.layers}: error {report.error:.4f}{drift}, {report.seconds:.1f} s, "
+        f"{start}layer {report.layer + 1}/{report.layers}: error {report.error:.4f}{drift}, {report.seconds:.1f} s, "
         f"{report.seconds_left:.0f} s left",
         err=True,
     )

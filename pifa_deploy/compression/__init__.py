@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from pifa_deploy import __version__
 from pifa_deploy.calibration import CalibrationSet, calibration_set
 from pifa_deploy.compression.allocation import Allocation, LinearShape, allocate
 from pifa_deploy.compression.clock import StepClock
-from pifa_deploy.compression.decoder import decoder_layers, linear_shapes
+from pifa_deploy.compression.decoder import check_prunable, decoder_layers, linear_shapes
 from pifa_deploy.compression.distributed import Processes, processes
 from pifa_deploy.compression.flow import Flows, open_flows
 from pifa_deploy.compression.options import METHODS, ActivationOptions, CompressOptions
@@ -27,7 +28,7 @@ from pifa_deploy.compression.result import CompressSummary, Result, write_result
 from pifa_deploy.compression.resume import ResumeFolder
 from pifa_deploy.compression.scores import layer_scores
 from pifa_deploy.digest import model_sha256
-from pifa_deploy.model_folder import load_model, load_tokenizer
+from pifa_deploy.model_folder import check_finite, load_model, load_tokenizer, torch_dtype
 from pifa_deploy.output_folder import new_folder
 
 __all__ = [
@@ -97,14 +98,22 @@ def _compressed(
     model = load_model(source, dtype=None)
     dense_parameters = model.num_parameters()
     path, layers = decoder_layers(model, str(source))
+    check_finite(model, str(source), dtype=torch_dtype(options.dtype))
     shapes = linear_shapes(path, layers, include=options.include, exclude=options.exclude)
+    if options.is_pruning:
+        check_prunable(shapes)
     calibration = _calibration(source, options)
     resume = None
     if group.is_main:
         resume = ResumeFolder(target, _identity(source, options, calibration), restart=options.restart)
     with _flows(model, options, group, calibration=calibration) as flows:
         with clock.step("layer scores"):
-            allocation = _allocation(layers, shapes, options, group=group, flows=flows)
+            # The first process' ranks count: another number of processes, or a GPU, may round scores otherwise.
+            allocation = group.from_main(resume.allocation if resume else None)
+            if allocation is None:
+                allocation = group.from_main(_allocation(layers, shapes, options, group=group, flows=flows))
+        if resume:
+            resume.allocation = allocation
         pipeline = Pipeline(
             path=path,
             layers=layers,
@@ -146,6 +155,7 @@ def _identity(source: Path | str, options: CompressOptions, calibration: Calibra
         "schema": 1,
         "pifa-deploy": __version__,
         "torch": torch.__version__,
+        "transformers": transformers.__version__,
         "model": model_sha256(place) if place.exists() else str(source),
         **kept,
     }

@@ -66,7 +66,7 @@ class ActivationStore:
             return
         if slot not in self._files:
             with self._writing():
-                self._files[slot] = tempfile.TemporaryFile(dir=self._folder)
+                self._files[slot] = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 - `drop` closes it
         file = self._files[slot]
         with self._writing():
             if isinstance(before, tuple) and before[1] == stored.shape:

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from pifa_deploy.compression.allocation import LinearShape
 from pifa_deploy.errors import InputRefusedError, StageFailedError
 from pifa_deploy.linear import LowRankLinear, PifaLinear
+from pifa_deploy.sparse_checkpoint import GROUP
 
 
 class Halt(Exception):
@@ -183,7 +184,7 @@ def linear_shapes(
         f"{path}.{number}.{name}": (number, layer, name, module)
         for number, layer in enumerate(layers)
         for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear)
+        if isinstance(module, nn.Linear) and _maps_vectors(module)
     }
     found = [
         LinearShape(
@@ -202,6 +203,25 @@ def linear_shapes(
             f"names like {next(iter(names))}"
         )
     return found
+
+
+def _maps_vectors(module: nn.Linear) -> bool:
+    """Tells a linear from its subclasses that return something else: routers of experts (Llama 4, PhiMoE)."""
+    if type(module).forward is nn.Linear.forward:
+        return True
+    with torch.no_grad():
+        found = module(module.weight.new_zeros(1, module.in_features))
+    return isinstance(found, torch.Tensor) and found.shape == (1, module.out_features)
+
+
+def check_prunable(shapes: Sequence[LinearShape]) -> None:
+    """Raises ValueError naming a linear whose inputs do not come in groups of four."""
+    for shape in shapes:
+        if shape.in_features % GROUP:
+            raise ValueError(
+                f"{shape.name} has {shape.in_features} inputs, 2:4 needs a multiple of {GROUP}; leave it out with "
+                "--exclude"
+            )
 
 
 def _kind(layer: nn.Module, name: str) -> str:

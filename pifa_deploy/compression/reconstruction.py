@@ -72,8 +72,10 @@ class Reconstruction:
         # An input that was always zero has no energy of its own, and A must be positive definite.
         ridge = options.ridge * scale.clamp_min(1e-6 * float(energy.mean()))
         self._gram = gram
-        self._damped = gram + torch.diag(ridge)
-        self._target = mixed + torch.diag(ridge)
+        self._damped = gram.clone()
+        self._damped.diagonal().add_(ridge)
+        self._target = mixed.clone()
+        self._target.diagonal().add_(ridge)
         self._factor = torch.linalg.cholesky(self._damped)
 
     def solve(self, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

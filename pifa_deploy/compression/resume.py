@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from pifa_deploy.compression.allocation import Allocation
 from pifa_deploy.compression.replacement import Replacement
 from pifa_deploy.errors import InputRefusedError, MisfitError
 from pifa_deploy.output_folder import write_json
 
 _STATE = "state.json"
+_ALLOCATION = "allocation.json"
 
 
 class ResumeFolder:
@@ -25,6 +28,7 @@ class ResumeFolder:
 
     Attributes:
         path: the folder, `.NAME.resume` beside the output NAME.
+        allocation: ranks of the linears, as the first run found them; set before the first layer is saved.
     """
 
     def __init__(self, target: Path | str, identity: Mapping[str, Any], *, restart: bool = False) -> None:
@@ -42,6 +46,7 @@ class ResumeFolder:
         self.path = _path(target)
         # As JSON gives it back: tuples are lists.
         self._identity = json.loads(json.dumps(dict(identity)))
+        self.allocation: Allocation | None = None
         if restart:
             self.remove()
         if self.path.exists():
@@ -71,6 +76,18 @@ class ResumeFolder:
         # Now, and not after hours of earlier layers.
         for layer in range(self.finished()):
             self.load(layer)
+        self.allocation = self._load_allocation()
+
+    def _load_allocation(self) -> Allocation | None:
+        path = self.path / _ALLOCATION
+        if not path.is_file():
+            return None
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+            found["layer_densities"] = {int(layer): density for layer, density in found["layer_densities"].items()}
+            return Allocation(**found)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise InputRefusedError(f"{path}: damaged ({error}); pass --restart to begin anew") from None
 
     def finished(self) -> int:
         """Returns how many layers are done, counted from the first."""
@@ -90,7 +107,10 @@ class ResumeFolder:
         partial = self.path / "layer.partial"
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / _STATE, self._identity)
+            if not (self.path / _STATE).is_file():
+                if self.allocation is not None:
+                    write_json(self.path / _ALLOCATION, asdict(self.allocation))
+                write_json(self.path / _STATE, self._identity)
             save_file(tensors, partial, metadata={"replacements": json.dumps(about)})
             # The rename must not reach the disk before the bytes do.
             with partial.open("rb") as stream:

@@ -23,7 +23,8 @@ def layer_scores(
     """Returns decoder layer -> score: its outlier ratio (OWL), or the effective rank of its linears.
 
     The effective rank is the mean over a layer's linears, weighed by their size, of exp(entropy) / min(m, n).
-    All layers are run once; `flows` then stands at the entry of the first layer again.
+    All layers are run once; `flows` then stands at the entry of the first layer again, without a DENSE slot if the
+    method does not need it.
 
     Args:
         layers: the decoder layers.
@@ -41,8 +42,10 @@ def layer_scores(
     for number, layer in enumerate(layers):
         paths = [shape.name for shape in shapes if shape.layer == number]
         scores[number] = _score(resident(layer, group.device), paths, options, group=group, flows=(flows, number))
-    for batch in flows.numbers:
-        flows.store.put(DENSE, batch, flows.store.get(_ENTRY, batch, group.device))
+    flows.store.drop(DENSE)
+    if options.needs_dense_flow or not options.needs_compressed_flow:
+        for batch in flows.numbers:
+            flows.store.put(DENSE, batch, flows.store.get(_ENTRY, batch, group.device))
     flows.store.drop(_ENTRY)
     return {number: score for number, score in scores.items() if any(shape.layer == number for shape in shapes)}
 
@@ -74,7 +77,8 @@ def _score(
     if not linears:
         return 0.0
     if options.layer_density == "owl":
-        return pooled_outlier_ratio([(weight, gram.diagonal()) for weight, gram in linears])
+        diagonals = [(weight, gram.diagonal()) for weight, gram in linears]
+        return pooled_outlier_ratio(diagonals, multiple=options.allocation.owl_multiple)
     ranks = [effective_rank(weight, gram) / min(weight.shape) for weight, gram in linears]
     sizes = [weight.numel() for weight, _ in linears]
     return sum(rank * size for rank, size in zip(ranks, sizes, strict=True)) / sum(sizes)

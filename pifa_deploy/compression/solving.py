@@ -64,7 +64,7 @@ def solve_group(
             raise ValueError(f"{target.path}: {error}") from None
         except LinAlgError as error:
             raise StageFailedError(
-                f"{target.path}: its statistics are singular ({error}); give more calibration text or a larger --ridge"
+                f"{target.path}: could not be solved ({error}); give more calibration text"
             ) from None
     return found
 

@@ -34,9 +34,7 @@ def prune_2_4(
     - "ria" (Plug-and-Play, ICLR 2024, openreview Tr0lPx9woF, with its power a = 0.5):
       (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||x_j||^0.5.
     - "sparsegpt" (arXiv 2301.00774, algorithm 1): W_ij^2 / [H_j^-1]_jj, see `_sparsegpt`; the only one that
-      also changes the weights it keeps.
-
-    Everything is computed in float64.
+      also changes the weights it keeps. All are computed in float64.
 
     Args:
         weight: W [m, n] floating point, n a multiple of 4; not changed.
@@ -56,14 +54,13 @@ def prune_2_4(
     _check_weight(weight)
     matrix = weight.detach().double()
     if method == "magnitude":
-        mask = best_pairs(matrix.abs())
-        return _pruned(weight, matrix, mask)
+        return _pruned(weight, matrix, best_pairs(matrix.abs()))
     inputs = _checked_moment(moment, matrix.shape[1], method)
     if method == "sparsegpt":
         return _pruned(weight, *_sparsegpt(matrix, inputs, damping=damping))
     norms = inputs.diagonal().sqrt()
-    mask = best_pairs(matrix.abs() * norms if method == "wanda" else relative_importance(matrix) * norms.sqrt())
-    return _pruned(weight, matrix, mask)
+    scores = matrix.abs() * norms if method == "wanda" else relative_importance(matrix) * norms.sqrt()
+    return _pruned(weight, matrix, best_pairs(scores))
 
 
 def best_pairs(scores: torch.Tensor) -> torch.Tensor:
