@@ -367,11 +367,21 @@ def test_activations_of_two_flows_and_one_group_are_kept_at_most(calibration: st
 
 def test_a_linear_without_usable_factors_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     model = small_model()
-    model.get_submodule(Q_PROJ).weight.data.fill_(6e4)  # sixfold in one factor: beyond float16
-    model.get_submodule(Q_PROJ).weight.data[0] *= 4
-    model.save_pretrained(tmp_path / "dense")
+    weight = model.get_submodule(Q_PROJ).weight.data
+    weight.copy_(6.5e4 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).sign())
+    model.save_pretrained(tmp_path / "dense")  # within float16, but a truncation overshoots in places
     options = CompressOptions(density=0.5, method="svd", dtype="fp16")
     with pytest.raises(FactorizationError, match=rf"{Q_PROJ}: the pivot rows of .* overflow torch\.float16"):
+        compress_model(tmp_path / "dense", tmp_path / "out", options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+def test_weights_beyond_the_asked_dtype_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    model = small_model()
+    model.get_submodule(Q_PROJ).weight.data[0, 0] = 7e4
+    model.save_pretrained(tmp_path / "dense")
+    options = CompressOptions(density=0.5, method="svd", dtype="fp16")
+    with pytest.raises(InputRefusedError, match=rf"{Q_PROJ}.weight has NaN or Inf entries in torch\.float16"):
         compress_model(tmp_path / "dense", tmp_path / "out", options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
 

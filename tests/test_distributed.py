@@ -395,5 +395,5 @@ def test_under_torchrun_ctrl_c_leaves_the_finished_layers(
     with contextlib.suppress(subprocess.TimeoutExpired):
         outcome = ended(process)
     assert outcome.code != 0
-    assert "note: the same command goes on after layer 1" in outcome.err.splitlines()
+    assert "note: the same command, without --restart, goes on after layer 1" in outcome.err.splitlines()
     assert {path.name for path in tmp_path.iterdir()} == {".out.resume"}

@@ -348,7 +348,7 @@ def test_after_a_full_disk_a_compression_goes_on_where_it_was(
     arguments = [part.replace("100000", "2") for part in command_line("compress", places, full_disk / "out")]
     outcome = pifa_deploy(*arguments)
     outcome.failed(STAGE_FAILED, "disk/out could not be written: .*; free some space and run the command again")
-    assert "note: the same command goes on after layer 2" in outcome.err.splitlines()
+    assert "note: the same command, without --restart, goes on after layer 2" in outcome.err.splitlines()
     assert [path.name for path in full_disk.iterdir()] == [".out.resume"]
     subprocess.run(["mount", "-o", f"remount,size={10 * SMALL}", str(full_disk)], check=True)
     outcome = pifa_deploy(*arguments)

@@ -467,6 +467,6 @@ def test_a_signal_says_that_the_same_command_goes_on(
         assert list(tmp_path.iterdir()) == []
         assert "the same command" not in outcome.err
         return
-    assert "note: the same command goes on after layer 1" in outcome.err.splitlines()
+    assert "note: the same command, without --restart, goes on after layer 1" in outcome.err.splitlines()
     assert pifa_deploy(*command(source, tmp_path / "out", texts)).code == 0
     assert content(tmp_path) == whole("mpifa")

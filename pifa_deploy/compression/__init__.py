@@ -112,7 +112,7 @@ def _compressed(
             allocation = group.from_main(resume.allocation if resume else None)
             if allocation is None:
                 allocation = group.from_main(_allocation(layers, shapes, options, group=group, flows=flows))
-        if resume:
+        if resume and options.layer_density != "uniform":
             resume.allocation = allocation
         pipeline = Pipeline(
             path=path,

@@ -28,7 +28,7 @@ class ResumeFolder:
 
     Attributes:
         path: the folder, `.NAME.resume` beside the output NAME.
-        allocation: ranks of the linears, as the first run found them; set before the first layer is saved.
+        allocation: ranks that come from scores, as the first run found them; set before the first layer is saved.
     """
 
     def __init__(self, target: Path | str, identity: Mapping[str, Any], *, restart: bool = False) -> None:
