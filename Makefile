@@ -9,7 +9,7 @@ DEMO_OUT ?= demo-output
 
 help:
 	@echo "make demo       the whole flow on SmolLM2-135M, no GPU needed (about 10 minutes on 2 cores)"
-	@echo "make test       the tests (about 7 minutes on 2 cores)"
+	@echo "make test       the tests (about 15 minutes on 2 cores)"
 	@echo "make test-slow  the long checks"
 	@echo "make lint       ruff and mypy"
 	@echo "make bench-export  time and peak memory of an export of the demo's checkpoint"

@@ -114,7 +114,7 @@ print(json.dumps({"activation_bytes": summary.activation_bytes, **peaks}))
 def peaks(source: Path, out: Path, **options: Any) -> dict[str, int]:
     """Returns step -> most bytes of anonymous memory above what the imports take, of a compression on its own."""
     # Every array in pages of its own, as the arrays of a large model are: what is freed is gone.
-    environment = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    environment = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PEAK, json.dumps([str(source), str(out), options])],
         capture_output=True,

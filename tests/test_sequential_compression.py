@@ -13,6 +13,7 @@ import torch
 from cli_fixtures import content
 from family_fixtures import (
     FAMILIES,
+    HIDDEN,
     LAYERS,
     WINDOWS,
     calibration_ids,
@@ -148,6 +149,15 @@ def test_reports_tell_the_errors_on_the_inputs_seen_and_how_far_the_layers_drift
         assert report.seconds > 0
     assert summary.error == pytest.approx(np.mean([errors[layer] for layer in range(LAYERS)]), rel=1e-3)
     assert [report.seconds_left > 0 for report in reports] == [True, True, False]
+
+
+def test_without_a_dense_share_the_dense_model_is_not_run(llama: Path, text: Path, tmp_path: Path) -> None:
+    reports: list[LayerReport] = []
+    chosen = options(text, reconstruction=ReconstructionOptions(dense_share=0.0))
+    summary = compress_model(llama, tmp_path / "out", chosen, report=reports.append)
+    assert [report.drift for report in reports] == [None] * LAYERS  # nothing to drift from
+    # What enters the layer, and the remembered output of attention.
+    assert summary.activation_bytes == 4 * 2 * HIDDEN * WINDOWS.samples * WINDOWS.sequence_length
 
 
 def test_svd_looks_at_the_weights_alone(llama: Path, tmp_path: Path) -> None:
