@@ -114,7 +114,7 @@ print(json.dumps({"activation_bytes": summary.activation_bytes, **peaks}))
 def peaks(source: Path, out: Path, **options: Any) -> dict[str, int]:
     """Returns step -> most bytes of anonymous memory above what the imports take, of a compression on its own."""
     # Every array in pages of its own, as the arrays of a large model are: what is freed is gone.
-    environment = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576", "OMP_NUM_THREADS": "1"}
+    environment = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", PEAK, json.dumps([str(source), str(out), options])],
         capture_output=True,
@@ -203,4 +203,4 @@ def test_the_model_is_never_in_memory_as_a_whole(dtype: str, shard: str, tmp_pat
     one_linear = 12 * 8 * WIDE["hidden_size"] * WIDE["intermediate_size"]
     layer = needed(1, 1, WIDE, itemsize=2)["layers"] // 2
     assert found["compress"] < one_linear + layer + layer // 2
-    assert found["write"] < stored // 3
+    assert found["write"] < stored // 2
