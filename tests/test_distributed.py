@@ -20,9 +20,11 @@ import pytest
 import torch
 from cli_fixtures import Outcome, content
 from conftest import projections
+from torch.distributed import HashStore
 
 from pifa_deploy.cli.main import main, run
 from pifa_deploy.compression import pipeline
+from pifa_deploy.compression.distributed import PeerError, processes
 from pifa_deploy.errors import FactorizationError
 from pifa_deploy.model_folder import load_model
 
@@ -141,17 +143,19 @@ class Group:
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Group]:
-    """`together(line, count=2, fault="")` runs a command line in a group of processes."""
+    """`together(line, others=line, count=2, fault="")` runs a command line in a group of processes."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["pytest", "pifa_deploy.compression", "transformers.models.llama.modeling_llama", "tokenizers"]
     )
 
-    def group_of(line: list[str], *, count: int = 2, fault: str = "") -> Group:
+    def group_of(line: list[str], *, others: list[str] | None = None, count: int = 2, fault: str = "") -> Group:
         streams, port = tmp_path_factory.mktemp("streams"), free_port()
         started = time.monotonic()
+        lines = [line] + [others or line] * (count - 1)
         processes = [
-            context.Process(target=member, args=(rank, count, port, streams, line, fault)) for rank in range(count)
+            context.Process(target=member, args=(rank, count, port, streams, lines[rank], fault))
+            for rank in range(count)
         ]
         for process in processes:
             process.start()
@@ -163,6 +167,21 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Group]:
         return Group(streams, [process.exitcode or 0 for process in processes], time.monotonic() - started)
 
     return group_of
+
+
+def test_a_process_on_another_machine_needs_model_and_text_and_not_the_output(
+    dense: Path, text: Path, tmp_path: Path, alone: Any, together: Any
+) -> None:
+    copied = [Path(shutil.copytree(dense, tmp_path / "b" / "model")), tmp_path / "b" / "text.txt"]
+    shutil.copyfile(text, copied[1])
+    (tmp_path / "a").mkdir()
+    here = arguments(dense, tmp_path / "a" / "out", text)
+    there = arguments(copied[0], Path("/proc/nowhere/out"), copied[1])
+    group = together(here, others=there)
+    assert group.codes == [0, 0], group.told[0].err
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"out"}
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"model", "text.txt"}
+    assert_same_model(alone(), tmp_path / "a" / "out")
 
 
 METHODS = {
@@ -254,6 +273,36 @@ def test_the_death_of_one_ends_all_and_any_number_goes_on(
     assert re.search(r"^layer 1/2: .* 0\.0 s, ", resumed.told[0].err.replace("\r", ""), re.MULTILINE)
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
     assert_same_model(alone(), tmp_path / "out")
+
+
+# GPUs
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_on_gpus_each_process_takes_its_own_before_they_meet(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[Any] = []
+    store = HashStore()
+    store.set("pifa-deploy failure told", "")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", events.append)
+    monkeypatch.setattr(
+        sys.modules["torch.distributed.rendezvous"], "rendezvous", lambda *_, **__: iter([(store, 5, 8)])
+    )
+    monkeypatch.setattr(
+        torch.distributed,
+        "init_process_group",
+        lambda backend, rank, world_size, **_: events.append((backend, rank, world_size)),
+    )
+    monkeypatch.setattr(torch.distributed, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: events.append("end"))
+    for name, value in {"WORLD_SIZE": 8, "RANK": 5, "LOCAL_RANK": 1}.items():  # the second GPU of its machine
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(PeerError, match="planted") if fails else contextlib.nullcontext(), processes() as group:
+        assert (group.rank, group.count, group.device) == (5, 8, torch.device("cuda", 1))
+        if fails:
+            raise ValueError("planted")
+    # The end of an NCCL group waits for processes that a failure may have taken.
+    assert events == [torch.device("cuda", 1), ("nccl", 5, 8), *([] if fails else ["end"])]
 
 
 # torchrun
@@ -353,6 +402,7 @@ BUSY = """
 import os, sys, time
 from pifa_deploy.cli.main import main, run
 from pifa_deploy.compression import pipeline
+from pifa_deploy.compression.distributed import PeerError, processes
 from pifa_deploy.errors import FactorizationError
 
 def solve(*args, **kwargs):

@@ -389,6 +389,24 @@ def test_a_damaged_state_is_refused_and_nothing_is_lost(
     assert content(stopped) == whole("mpifa")
 
 
+def test_damaged_ranks_are_refused_and_nothing_is_lost(
+    source: Path, options: CompressOptions, tmp_path: Path, whole: Any, killed: Any
+) -> None:
+    chosen = replace(options, **RUNS["owl"])
+    killed(source, tmp_path / "out", chosen, "layer", 2)
+    ranks = tmp_path / ".out.resume" / "allocation.json"
+    good = ranks.read_bytes()
+    for bad in (b"{", b"[]", b'{"ranks": {}}', b'{"layer_densities": {"first": 1}}'):
+        ranks.write_bytes(bad)
+        before = content(tmp_path)
+        with pytest.raises(InputRefusedError, match=r"allocation\.json: damaged \(.*\); pass --restart to begin anew"):
+            compress_model(source, tmp_path / "out", chosen)
+        assert content(tmp_path) == before
+    ranks.write_bytes(good)
+    compress_model(source, tmp_path / "out", chosen)
+    assert content(tmp_path) == whole("owl")
+
+
 def test_a_damaged_layer_can_be_done_again(
     stopped: Path, source: Path, options: CompressOptions, texts: Path, whole: Any, pifa_deploy: Any
 ) -> None:
