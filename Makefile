@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_OUT ?= demo-output
 
-.PHONY: help demo test test-slow lint bench-export clean
+.PHONY: help demo test test-slow lint bench-export lean-runtimes plugin clean
 
 help:
 	@echo "make demo       the whole flow on SmolLM2-135M, no GPU needed (about 10 minutes on 2 cores)"
 	@echo "make test       the tests (about 15 minutes on 2 cores)"
 	@echo "make test-slow  the long checks"
 	@echo "make lint       ruff and mypy"
+	@echo "make plugin     the TensorRT plugin for every GPU that nvcc knows, in plugins/build"
 	@echo "make bench-export  time and peak memory of an export of the demo's checkpoint"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -24,7 +25,20 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/pifa-deploy demo --force $(DEMO_OUT)
 
-test: $(INSTALLED)
+# TensorRT's lean runtimes 10 and 11, whose plugin registries work without a GPU. They install the same module, so
+# each has a folder of its own.
+LEAN10 := $(VENV)/lean10
+LEAN11 := $(VENV)/lean11
+
+$(LEAN10): $(INSTALLED)
+	$(BIN)/pip install --quiet --no-deps --target $@ tensorrt-lean-cu12-libs==10.16.1.11 tensorrt-lean-cu12-bindings==10.16.1.11
+
+$(LEAN11): $(INSTALLED)
+	$(BIN)/pip install --quiet --no-deps --target $@ tensorrt-lean-cu13-libs==11.4.0.106 tensorrt-lean-cu13-bindings==11.4.0.106
+
+lean-runtimes: $(LEAN10) $(LEAN11)
+
+test: $(INSTALLED) lean-runtimes
 	$(BIN)/python -m pytest
 
 test-slow: $(INSTALLED)
@@ -34,6 +48,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+plugin: $(INSTALLED)
+	$(BIN)/pifa-deploy plugin build plugins/build --fetch-headers
 
 bench-export: $(INSTALLED)
 	$(BIN)/python perf/bench_export.py $(DEMO_OUT)/pifa

@@ -1,9 +1,9 @@
 """The PIFA checkpoint folder: what `save_pretrained` writes, its contract, and one check for writer and reader.
 
 config.json holds `quantization_config` = {"quant_method": "pifa", "version": 1, "modules": {name: {...}}, ...}.
-Each listed module has `<name>.pivot_weight` [r, n], `<name>.coefficients` [m - r, r] and
-`<name>.pivot_rows` int32 [r] (ascending), or with "format": "lowrank" `<name>.low_rank_u` [m, r] and
-`<name>.low_rank_v` [r, n], in place of `<name>.weight`.
+In place of `<name>.weight` each listed module has `<name>.pivot_weight` [r, n], `<name>.coefficients` [m - r, r] and
+`<name>.pivot_rows` int32 [r] (ascending); with "format": "pifa-column" `<name>.pivot_weight` [m, r] and
+`<name>.coefficients` [r, n - r]; with "format": "lowrank" `<name>.low_rank_u` [m, r] and `<name>.low_rank_v` [r, n].
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pifa_deploy.errors import InputMissingError, InputRefusedError
 
 QUANT_METHOD = op_spec.QUANT_METHOD
 VERSION = 1
-FORMATS = ("pifa", "lowrank")
+FORMATS = ("pifa", "pifa-column", "lowrank")
 FLOATS = {"F64", "F32", "F16", "BF16"}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -56,6 +56,11 @@ class ModuleSpec:
         """Returns tensor suffix -> shape as stored, without the optional bias."""
         if self.format == "lowrank":
             return {"low_rank_u": (self.out_features, self.rank), "low_rank_v": (self.rank, self.in_features)}
+        if self.format == "pifa-column":
+            return {
+                "pivot_weight": (self.out_features, self.rank),
+                "coefficients": (self.rank, self.in_features - self.rank),
+            }
         return {
             "pivot_weight": (self.rank, self.in_features),
             "coefficients": (self.out_features - self.rank, self.rank),
@@ -64,8 +69,8 @@ class ModuleSpec:
 
     def parameters(self) -> int:
         """Returns the stored numbers, without pivot rows and bias."""
-        left = self.out_features - self.rank if self.format == "pifa" else self.out_features
-        return self.rank * (left + self.in_features)
+        saved = 0 if self.format == "lowrank" else self.rank
+        return self.rank * (self.out_features + self.in_features - saved)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,15 +15,14 @@ from pifa_deploy.checkpoint import tensor_files
 from pifa_deploy.engine_record import ENGINE_JSON
 from pifa_deploy.errors import InputRefusedError, MissingCapabilityError, first_line
 from pifa_deploy.evaluation import Logits, torch_logits
-from pifa_deploy.linear import LowRankLinear, PifaLinear
 from pifa_deploy.model_folder import HUB_PREFIX, load_model
 from pifa_deploy.onnx_folder import MANIFEST_FILE, MODEL_FILE, OnnxFolder, open_folder
 from pifa_deploy.runners import OnnxRuntimeRunner, Runner, Step
 from pifa_deploy.sparse_checkpoint import SparseModule, is_sparse, read_sparsity
+from pifa_deploy.transformers_quantizer import factorised_modules, spec_of
 
 _STEP_INPUTS = {"input_ids", "attention_mask", "position_ids"}
 _LOGITS = "logits"
-_FORMATS = {PifaLinear: "pifa", LowRankLinear: "lowrank"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +162,8 @@ def onnx_parameters(folder: OnnxFolder) -> int:
 def _in_torch(place: str, device: str) -> Contender:
     model = load_model(place, dtype=torch.float32).to(device)
     record = read_sparsity(place) if is_sparse(place) else None
-    formats = sorted({_FORMATS[type(module)] for module in model.modules() if type(module) in _FORMATS})
+    # Row and column form are one format to whoever compares sizes.
+    formats = sorted({spec_of(module).format.partition("-")[0] for module in factorised_modules(model).values()})
     entry = Entry(
         checkpoint=place,
         kind="2:4" if record else "+".join(formats) or "dense",

@@ -18,6 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.masking_utils import sdpa_mask
 
 from pifa_deploy import op_spec
+from pifa_deploy.column_linear import PifaColumnLinear
 from pifa_deploy.errors import ExportError, first_line
 from pifa_deploy.linear import PifaLinear
 from pifa_deploy.onnx_passes import OPSET, op_schema
@@ -141,15 +142,18 @@ def graph_from_model(model: PreTrainedModel) -> ir.Model:
 
     Returns:
         Graph with dynamic batch, sequence and past, initializers named as the model's parameters (sharing
-        their storage), one `pifa::PifaLinear` node per PifaLinear module, no function body yet.
+        their storage), one node per PifaLinear or PifaColumnLinear module, no function body yet.
 
     Raises:
         ExportError: torch.export cannot trace the architecture.
     """
     model.set_attn_implementation(_ATTENTION)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PifaLinear)}
-    _share_one_index_form(list(layers.values()))
-    bias_inside = all(layer.bias is not None for layer in layers.values())
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, (PifaLinear, PifaColumnLinear))
+    }
+    biased: dict[str, bool] = {}
+    for layer in layers.values():
+        biased[_operator(layer)] = biased.get(_operator(layer), True) and layer.bias is not None
     inputs, outputs, _ = interface(model.config)
     try:
         with _quiet(), _collector_paused(), torch.no_grad():
@@ -162,7 +166,10 @@ def graph_from_model(model: PreTrainedModel) -> ir.Model:
                 opset_version=OPSET,
                 input_names=inputs,
                 output_names=outputs,
-                custom_translation_table={torch.ops.pifa.linear.default: _translation(bias_inside)},
+                custom_translation_table={
+                    torch.ops.pifa.linear.default: _row_translation(biased),
+                    torch.ops.pifa.column_linear.default: _column_translation(biased),
+                },
             )
     except Exception as error:
         raise ExportError(
@@ -194,27 +201,44 @@ def _exported(model: PreTrainedModel) -> torch.export.ExportedProgram:
     )
 
 
-def _share_one_index_form(layers: list[PifaLinear]) -> None:
-    """One file holds one function body: with any permuted layer, the others get the identity as index."""
-    indices = [layer.output_index for layer in layers if layer.output_index is not None]
-    if any(len(index) for index in indices):
-        for layer in layers:
-            if layer.output_index is not None and not len(layer.output_index):
-                layer.output_index = torch.arange(layer.out_features, dtype=torch.int32)
+def _operator(layer: PifaLinear | PifaColumnLinear) -> str:
+    if isinstance(layer, PifaColumnLinear):
+        return op_spec.COLUMN_OP_TYPE
+    moves = layer.output_index is not None and len(layer.output_index) > 0
+    return op_spec.OP_TYPE if moves else op_spec.ORDERED_OP_TYPE
 
 
-def _translation(bias_inside: bool) -> Any:
-    """Returns the translation of `pifa::linear` into one PifaLinear node, its bias inside or added behind it."""
-    operator = values.Op(values.Opset(op_spec.DOMAIN, op_spec.OP_VERSION), op_spec.OP_TYPE, op_schema())
+def _row_translation(biased: Mapping[str, bool]) -> Any:
+    """Returns the translation of `pifa::linear`; `biased`: operator -> whether the bias is among its inputs."""
 
     def translate(x: Any, pivot_weight: Any, coefficients: Any, output_index: Any, bias: Any = None) -> Any:
+        moves = output_index.shape[0] != 0
+        op_type = op_spec.OP_TYPE if moves else op_spec.ORDERED_OP_TYPE
         rank = pivot_weight.shape[0]
-        attributes = op_spec.attributes(rank=rank, out_features=rank + coefficients.shape[0])
-        inputs = [x, pivot_weight, coefficients, output_index, *([bias] if bias_inside else [])]
-        y = operator(*inputs, **attributes)
-        return y if bias is None or bias_inside else opset18.Add(y, bias)
+        sizes = {"rank": rank, "out_features": rank + coefficients.shape[0]}
+        inputs = [x, pivot_weight, coefficients, *([output_index] if moves else [])]
+        return _node(op_type, inputs, bias, sizes=sizes, inside=biased[op_type])
 
     return translate
+
+
+def _column_translation(biased: Mapping[str, bool]) -> Any:
+    """Returns the translation of `pifa::column_linear`; `biased` as in `_row_translation`."""
+
+    def translate(x: Any, pivot_weight: Any, coefficients: Any, bias: Any = None) -> Any:
+        out_features, rank = pivot_weight.shape
+        sizes = {"rank": rank, "out_features": out_features}
+        inside = biased[op_spec.COLUMN_OP_TYPE]
+        return _node(op_spec.COLUMN_OP_TYPE, [x, pivot_weight, coefficients], bias, sizes=sizes, inside=inside)
+
+    return translate
+
+
+def _node(op_type: str, inputs: list[Any], bias: Any, *, sizes: dict[str, int], inside: bool) -> Any:
+    """Emits one node, its bias among the inputs or added behind it."""
+    operator = values.Op(values.Opset(op_spec.DOMAIN, op_spec.OP_VERSION), op_type, op_schema(op_type))
+    y = operator(*inputs, *([bias] if inside else []), **op_spec.attributes(op_type, **sizes))
+    return y if bias is None or inside else opset18.Add(y, bias)
 
 
 def _name_after_modules(model: ir.Model, modules: set[str], tied: Mapping[str, str]) -> None:
@@ -230,7 +254,7 @@ def _name_after_modules(model: ir.Model, modules: set[str], tied: Mapping[str, s
         if node.domain == op_spec.DOMAIN and node.inputs[1] is not None and node.inputs[1].name:
             node.name = node.inputs[1].name.removesuffix(".pivot_weight")
             if node.name not in modules:
-                raise ExportError(f"node {node.name} leads back to no PifaLinear module")
+                raise ExportError(f"node {node.name} leads back to no factorised module")
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ to 2.7 s and the same 113 MB for each alone. TensorRT builds for the GPU of this
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -22,7 +23,6 @@ from pifa_deploy.digest import file_sha256
 from pifa_deploy.engine_record import ENGINE_JSON, EngineFile, EngineRecord, histogram, layers_in_log, memory_in_log
 from pifa_deploy.errors import (
     BuildError,
-    InputMissingError,
     InputRefusedError,
     MisfitError,
     MissingCapabilityError,
@@ -30,6 +30,7 @@ from pifa_deploy.errors import (
 )
 from pifa_deploy.onnx_folder import OnnxFolder, external_files, open_folder
 from pifa_deploy.output_folder import new_folder, write_json
+from pifa_deploy.plugin_library import describe_library, messages_in_log, rtx_library_path
 from pifa_deploy.targets import BACKENDS, RTX, RTX_DEFAULT, capabilities, local_gpus
 
 ENGINE = "model.engine"
@@ -83,7 +84,7 @@ class BuildOptions:
         capabilities(self.targets, self.compute_capabilities, backend=self.backend)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the options for engine.json; of the plugin only its file name."""
+        """Returns the options for engine.json; of the plugin only its file name, `build_engines` says more."""
         value = asdict(self)
         del value["force"]
         value |= {"targets": list(self.targets), "compute_capabilities": list(self.compute_capabilities)}
@@ -100,16 +101,15 @@ def build_engines(onnx: Path | str, out: Path | str, options: BuildOptions) -> E
         options: targets and sizes.
 
     Raises:
-        InputMissingError, InputRefusedError: as `open_folder`, or a dynamic dimension is unknown.
+        InputMissingError, InputRefusedError: as `open_folder` and `describe_library`; or for an unknown dimension.
         MissingCapabilityError: TensorRT, Polygraphy or, for full TensorRT, a GPU of known capability is missing.
-        MisfitError: full TensorRT is asked for another GPU than this machine's.
+        MisfitError: full TensorRT is asked for another GPU than this machine's, or the plugin is of another version.
         BuildError: the builder failed or died; the message has its last lines and the signal.
         OutputExistsError, OutputHeldError, OutputError: as `new_folder`; no log is kept of a full disk.
     """
     source = open_folder(onnx)
     profile = profile_shapes(input_dimensions(source), options)
-    if options.plugin_library is not None and not options.plugin_library.is_file():
-        raise InputMissingError(f"{options.plugin_library}: no such plugin library; build it or leave it out")
+    plugin = describe_library(options.plugin_library).to_json() if options.plugin_library else None
     _require_builder(options.backend)
     built_for = _resolve_capabilities(options)
     out = Path(os.path.abspath(out))
@@ -126,7 +126,7 @@ def build_engines(onnx: Path | str, out: Path | str, options: BuildOptions) -> E
             "result": _RESULT,
         }
         result = _run_child(spec, folder, out)
-        record = _record(source, options, spec, result, folder)
+        record = _record(source, {**options.to_json(), "plugin_library": plugin}, spec, result, folder)
         write_json(folder / ENGINE_JSON, record.to_json())
     out.with_name(f"{out.name}.{BUILD_LOG}").unlink(missing_ok=True)
     return record
@@ -225,7 +225,9 @@ def _run_child(spec: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, paths)), "PYTHONUNBUFFERED": "1"}
     write_json(folder / _SPEC, spec)
     log = folder / BUILD_LOG
-    with log.open("wb") as stream:
+    with contextlib.ExitStack() as during, log.open("wb") as stream:
+        if spec["backend"] == RTX and spec["plugin_library"]:
+            environment["LD_LIBRARY_PATH"] = during.enter_context(rtx_library_path())
         status = _wait(_child_command(folder / _SPEC), cwd=folder, env=environment, stream=stream)
     if status != 0 and met_full_disk(log):
         raise OutputError(
@@ -241,7 +243,8 @@ def _run_child(spec: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
         return result
     kept = out.with_name(f"{out.name}.{BUILD_LOG}")
     log.replace(kept)
-    raise BuildError(f"{cause(status)}; last lines: {last_lines(kept)}; the whole log is {kept}")
+    reasons = "".join(f"{line}; " for line in messages_in_log(kept))
+    raise BuildError(f"{cause(status)}; {reasons}last lines: {last_lines(kept)}; the whole log is {kept}")
 
 
 def _wait(command: list[str], *, cwd: Path, env: dict[str, str], stream: Any) -> int:
@@ -260,7 +263,7 @@ def _sparse_weights(options: BuildOptions, source: OnnxFolder) -> bool:
 
 
 def _record(
-    source: OnnxFolder, options: BuildOptions, spec: dict[str, Any], result: dict[str, Any], folder: Path
+    source: OnnxFolder, options: dict[str, Any], spec: dict[str, Any], result: dict[str, Any], folder: Path
 ) -> EngineRecord:
     built_for: tuple[str, ...] = spec["compute_capabilities"]
     log = (folder / BUILD_LOG).read_text(encoding="utf-8", errors="replace")
@@ -271,18 +274,18 @@ def _record(
         file=ENGINE, bytes=engine.stat().st_size, sha256=file_sha256(engine), compute_capabilities=built_for
     )
     return EngineRecord(
-        backend=options.backend,
+        backend=spec["backend"],
         version=result["version"],
         onnx_sha256={name: file_sha256(source.path / name) for name in files},
         compute_capabilities=built_for,
-        targets=options.targets,
+        targets=tuple(options["targets"]),
         profiles=(spec["profile"],),
         layers=layers,
         precision_histogram=histogram(layers),
         network=result["network"],
         memory=memory_in_log(log),
         engines=(file,),
-        options=options.to_json(),
+        options=options,
         sparse_weights=spec["sparse_weights"],
         seconds=result["seconds"],
         peak_rss_bytes=result["peak_rss_bytes"],

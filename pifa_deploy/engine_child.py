@@ -20,10 +20,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from pifa_deploy import op_spec
+from pifa_deploy.plugin_library import load_library
 from pifa_deploy.targets import RTX
 
 _PR_SET_PDEATHSIG = 1
-_FUNCTION_NODE = re.compile(r"\| ([^|\]]+) \(PifaLinear\)\]")
+_FUNCTION_NODE = re.compile(rf"\| ([^|\]]+) \((?:{'|'.join(op_spec.FORMS)})\)\]")
 
 
 def main(spec_path: str) -> None:
@@ -51,7 +53,7 @@ def build(spec: dict[str, Any]) -> dict[str, Any]:
     trt = importlib.import_module("tensorrt_rtx" if spec["backend"] == RTX else "tensorrt")
     start = time.perf_counter()
     if spec["plugin_library"]:
-        trt.get_plugin_registry().load_library(spec["plugin_library"])
+        load_library(trt, spec["plugin_library"])
     builder, network, parser = NetworkFromOnnxPath(spec["onnx"], strongly_typed=True)()
     described, modules = describe(network), modules_of(network)
     # Parser and builder have to outlive the build: the network refers to their memory.
@@ -76,14 +78,15 @@ def describe(network: Any) -> dict[str, Any]:
 
 
 def modules_of(network: Any) -> dict[str, str]:
-    """Returns network layer -> PifaLinear node that it comes from, for the layers of function bodies.
+    """Returns network layer -> PIFA node that it comes from, for layers of the plugin and of function bodies.
 
-    The parser numbers the layers of a body; only their metadata, "[ONNX Layer: node | function node (type)]",
-    leads back to the module.
+    A layer of the plugin is named after its node. The parser numbers the layers of a body; only their metadata,
+    "[ONNX Layer: node | function node (type)]", leads back to the module.
     """
-    layers = (network.get_layer(index) for index in range(network.num_layers))
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
     found = {layer.name: _FUNCTION_NODE.search(layer.metadata) for layer in layers}
-    return {name: match[1] for name, match in found.items() if match}
+    bodies = {name: match[1] for name, match in found.items() if match}
+    return bodies | {layer.name: layer.name for layer in layers if layer.type.name == "PLUGIN_V3"}
 
 
 def _config(spec: dict[str, Any], trt: Any) -> Any:

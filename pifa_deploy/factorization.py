@@ -15,10 +15,10 @@ import operator
 import warnings
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from pifa_deploy.conditioning import Conditioning, checked_largest, relative_error
+from pifa_deploy.refit import refitted_coefficients
 
 _OVERSAMPLING = 16
 # What sums over thousands of float64 terms leave behind; rounding to a narrower dtype hides it.
@@ -106,8 +106,12 @@ def factors_from_weight(
     matrix = _checked_matrix(weight, "weight")
     rank = rounded_rank(rank, rank_multiple, matrix.shape)
     sketch = _row_space(matrix, rank)
-    pivots, coefficients = _pivot(matrix if sketch is None else matrix @ sketch, rank)
-    factors = assembled_factors(matrix[pivots].to(stored), coefficients.to(stored), pivots.int(), matrix)
+    pivots, others = _pivot(matrix if sketch is None else matrix @ sketch, rank)
+    pivot_weight = matrix[pivots].to(stored)
+    span = torch.eye(matrix.shape[1], dtype=torch.float64) if sketch is None else sketch
+    left = matrix[others] if sketch is None else matrix[others] @ sketch
+    coefficients = refitted_coefficients(pivot_weight, left, span.T)
+    factors = assembled_factors(pivot_weight, coefficients.to(stored), pivots.int(), matrix)
     # A matrix that was itself rounded to its dtype is only that close to low rank.
     if _is_lossy(factors.conditioning, max(torch.finfo(weight.dtype).eps, torch.finfo(stored).eps)):
         warnings.warn(
@@ -126,6 +130,7 @@ def factors_from_low_rank(
     *,
     dtype: torch.dtype | None = None,
     rank_multiple: int = 1,
+    root: torch.Tensor | None = None,
 ) -> PivotFactors:
     """Factorises U @ V at cost O((m + n) k^2); of the product only the r pivot rows are formed.
 
@@ -135,6 +140,8 @@ def factors_from_low_rank(
         rank: rank of the factors; min(k, m, n) when None. A smaller rank approximates and warns.
         dtype: dtype of the stored factors; that of `u` when None.
         rank_multiple: raise `rank` to a multiple of this, never above min(m, n).
+        root: L [n, n] float64 with L L^T the second moments of the inputs, for which the coefficients are then best
+            (see `refit`); costs O(n^2 k).
 
     Raises:
         ValueError: shapes that do not fit, not floating point, NaN or Inf, or `rank` out of range.
@@ -150,8 +157,9 @@ def factors_from_low_rank(
     # V^T = Q T with orthonormal Q, so U V = (U T^T) Q^T and pivoting U T^T chooses as pivoting U V does.
     basis, triangle = torch.linalg.qr(right.T)
     reduced = left @ triangle.T
-    pivots, coefficients = _pivot(reduced, rank)
+    pivots, others = _pivot(reduced, rank)
     pivot_weight = (left[pivots] @ right).to(stored)
+    coefficients = refitted_coefficients(pivot_weight, left[others], right, root=root)
     factors = assembled_factors(pivot_weight, coefficients.to(stored), pivots.int(), reduced, basis)
     if rank < inner and _is_lossy(factors.conditioning, torch.finfo(stored).eps):
         warnings.warn(
@@ -219,21 +227,13 @@ def _pivot(reduced: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor
     """Chooses pivot rows of W by any `reduced` [m, k] float64 with the row inner products of W.
 
     Returns:
-        Pivot rows int64 [r], ascending, and C [m - r, r] float64, its rows in ascending order of the others.
+        Pivot rows int64 [r] and the others int64 [m - r], both ascending.
     """
-    from scipy.linalg import qr, solve_triangular
+    from scipy.linalg import qr
 
-    triangle, order = qr(reduced.numpy().T, mode="r", pivoting=True, check_finite=False)
-    diagonal = np.abs(np.diagonal(triangle))
-    tiny = np.finfo(np.float64).eps * max(reduced.shape)
-    # Pivots beyond the numerical rank add nothing: their coefficients are zero, not noise over noise.
-    solid = int(np.count_nonzero(diagonal[:rank] > tiny * diagonal[0]))
-    solved = np.zeros((rank, len(order) - rank))
-    if solid:
-        solved[:solid] = solve_triangular(triangle[:solid, :solid], triangle[:solid, rank:], check_finite=False)
+    _, order = qr(reduced.numpy().T, mode="r", pivoting=True, check_finite=False)
     pivots, others = torch.from_numpy(order[:rank].copy()).long(), torch.from_numpy(order[rank:].copy()).long()
-    by_pivot, by_other = torch.argsort(pivots), torch.argsort(others)
-    return pivots[by_pivot], torch.from_numpy(solved.T.copy())[by_other][:, by_pivot]
+    return pivots.sort().values, others.sort().values
 
 
 def assembled_factors(

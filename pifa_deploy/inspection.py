@@ -212,7 +212,7 @@ def _model_facts(folder: Path) -> dict[str, Any]:
 def _module_row(name: str, spec: ModuleSpec) -> tuple[Any, ...]:
     rows, columns, rank = spec.out_features, spec.in_features, spec.rank
     low_rank = rank * (rows + columns) / (rows * columns)
-    density = density_for_rank(rows, columns, rank) if spec.format == "pifa" else low_rank
+    density = low_rank if spec.format == "lowrank" else density_for_rank(rows, columns, rank)
     return name, spec.format, rank, rows, columns, round(density, 4)
 
 

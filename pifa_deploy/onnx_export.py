@@ -13,12 +13,11 @@ from transformers import PreTrainedModel
 from pifa_deploy import onnx_passes, op_spec
 from pifa_deploy.decoder_graph import cache_shape, graph_from_model, interface
 from pifa_deploy.digest import file_sha256, model_sha256
-from pifa_deploy.linear import LowRankLinear, PifaLinear
 from pifa_deploy.model_folder import HUB_PREFIX, load_model, save_tokenizer, torch_dtype
 from pifa_deploy.onnx_folder import DATA_FILE, MANIFEST_FILE, MODEL_FILE, SCHEMA
 from pifa_deploy.output_folder import new_folder, write_json
 from pifa_deploy.sparse_checkpoint import PATTERN, is_sparse, read_sparsity
-from pifa_deploy.transformers_quantizer import spec_of
+from pifa_deploy.transformers_quantizer import factorised_modules, spec_of
 
 _INLINE_BYTES = 1024
 _TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
@@ -30,7 +29,7 @@ class ExportOptions:
 
     Attributes:
         dtype: "fp32", "fp16" or "bf16": weights, activations and cache; norms and softmax compute in fp32.
-        plain_ops: expand every PifaLinear node into MatMul, Concat and Gather.
+        plain_ops: expand every PIFA node into MatMul, Concat and the like.
         force: replace an existing output folder.
     """
 
@@ -51,7 +50,7 @@ class ExportSummary:
         path: the ONNX folder.
         dtype: as in ExportOptions.
         nodes: nodes of the graph.
-        pifa_nodes: PifaLinear nodes in it (0 with plain_ops or for a dense model).
+        pifa_nodes: PIFA nodes in it (0 with plain_ops or for a dense model).
         bytes: size of model.onnx and its data.
         tokenizer: whether tokenizer files were found and copied.
     """
@@ -82,7 +81,7 @@ def export_checkpoint(checkpoint: Path | str, target: Path | str, options: Expor
     with new_folder(target, force=options.force) as folder:
         model = load_model(checkpoint, dtype=torch_dtype(options.dtype))
         graph = graph_from_model(model)
-        onnx_passes.attach_function_body(graph)
+        onnx_passes.attach_function_bodies(graph)
         if options.plain_ops:
             onnx_passes.expand_to_plain_ops(graph)
         onnx_passes.simplify(graph)
@@ -113,8 +112,7 @@ def _modules(model: PreTrainedModel, graph: ir.Model) -> dict[str, Any]:
     """Returns, for each factorised module, its spec and the initializers of the graph that hold it."""
     return {
         name: {**asdict(spec_of(module)), "tensors": _tensors(name, graph)}
-        for name, module in model.named_modules()
-        if isinstance(module, (PifaLinear, LowRankLinear))
+        for name, module in factorised_modules(model).items()
     }
 
 
@@ -153,7 +151,7 @@ def _manifest(model: PreTrainedModel, folder: Path, options: ExportOptions) -> d
         "artefact": "onnx",
         "dtype": options.dtype,
         "plain_ops": options.plain_ops,
-        "op": {"domain": op_spec.DOMAIN, "type": op_spec.OP_TYPE, "version": op_spec.OP_VERSION},
+        "op": {"domain": op_spec.DOMAIN, "types": list(op_spec.FORMS), "version": op_spec.OP_VERSION},
         "opset": onnx_passes.OPSET,
         "cache": {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim},
         "files": files,

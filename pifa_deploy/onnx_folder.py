@@ -78,7 +78,7 @@ def open_folder(path: Path | str) -> OnnxFolder:
     Raises:
         InputMissingError: no such folder or file.
         InputRefusedError: not ONNX, cut short, external data missing, too short or outside the folder, or a
-            PifaLinear node outside the operator's contract.
+            PIFA node outside its operator's contract.
     """
     path = Path(path)
     folder = path.parent if path.name == MODEL_FILE else path
@@ -213,14 +213,14 @@ def _check_nodes(model: onnx.ModelProto, file: Path) -> None:
         if node.domain != op_spec.DOMAIN:
             continue
         where = f"{file}: {node.name or node.op_type}"
-        if node.op_type != op_spec.OP_TYPE or versions.get(op_spec.DOMAIN) != op_spec.OP_VERSION:
+        if node.op_type not in op_spec.FORMS or versions.get(op_spec.DOMAIN) != op_spec.OP_VERSION:
             raise InputRefusedError(
                 f"{where} is {node.domain}::{node.op_type} version {versions.get(op_spec.DOMAIN)}, this program knows "
-                f"{op_spec.OP_TYPE} version {op_spec.OP_VERSION}; export again or update pifa-deploy"
+                f"{', '.join(op_spec.FORMS)} version {op_spec.OP_VERSION}; export again or update pifa-deploy"
             )
         try:
-            op_spec.check_attributes(node_attributes(node), where)
+            op_spec.check_attributes(node.op_type, node_attributes(node), where)
         except ValueError as error:
             raise InputRefusedError(str(error)) from None
-        if (op_spec.DOMAIN, op_spec.OP_TYPE) not in bodies:
+        if (node.domain, node.op_type) not in bodies:
             raise InputRefusedError(f"{where} has no function body in the file, which is cut short; export again")

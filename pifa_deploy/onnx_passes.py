@@ -1,8 +1,7 @@
-"""Passes over the exported graph: the PifaLinear schema and function body, and a deterministic, portable form.
+"""Passes over the exported graph: the operators' schemas and function bodies, and a deterministic, portable form.
 
-TensorRT-RTX's parser finds a local function by its name alone, whatever its domain or overload, so one
-file holds one body: the bias is an input of the operator only when every node has one, and an empty
-`output_index` is kept only when no node needs a gather.
+One name has one body in a file (see `op_spec`), so the bias is an input of an operator only when every node of
+that operator has one.
 """
 
 from __future__ import annotations
@@ -15,27 +14,30 @@ from onnx_ir.passes import common
 from onnxscript.optimizer import fold_constants
 
 from pifa_deploy import op_spec
-from pifa_deploy.errors import ExportError
 
 OPSET = 18
 # Only what is computed from shapes and scalars is folded.
 _FOLD_LIMIT = 1024
+# ONNX's way to say: to the end.
+_LAST = 2**63 - 1
 
 
-def op_schema() -> onnx.defs.OpSchema:
-    """Returns the ONNX schema of `pifa::PifaLinear` version 1."""
+def op_schema(op_type: str) -> onnx.defs.OpSchema:
+    """Returns the ONNX schema of one of the operators."""
     schema = onnx.defs.OpSchema
     option = schema.FormalParameterOption
-    types = dict.fromkeys(op_spec.INPUTS, "T") | {op_spec.INDEX_INPUT: f"tensor({op_spec.INDEX_DTYPE})"}
-    inputs = [schema.FormalParameter(name, kind) for name, kind in types.items()]
+    inputs = [
+        schema.FormalParameter(name, f"tensor({op_spec.INDEX_DTYPE})" if name == op_spec.INDEX_INPUT else "T")
+        for name in op_spec.inputs_of(op_type, bias=False)
+    ]
     inputs.append(schema.FormalParameter(op_spec.OPTIONAL_INPUT, "T", param_option=option.Optional))
     kinds = dict.fromkeys(op_spec.INT_ATTRIBUTES, schema.AttrType.INT)
     kinds |= dict.fromkeys(op_spec.STRING_ATTRIBUTES, schema.AttrType.STRING)
     return schema(
-        op_spec.OP_TYPE,
+        op_type,
         op_spec.DOMAIN,
         op_spec.OP_VERSION,
-        doc="y = concat(y_p, y_np)[..., output_index] + bias; y_p = x pivot_weight^T, y_np = y_p coefficients^T",
+        doc=op_spec.__doc__ or "",
         inputs=inputs,
         outputs=[schema.FormalParameter(op_spec.OUTPUT, "T")],
         type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)"], "weights and activations")],
@@ -43,65 +45,104 @@ def op_schema() -> onnx.defs.OpSchema:
     )
 
 
-def register_op_schema() -> None:
-    """Makes `onnx.checker` know the operator; calling it again changes nothing."""
-    if not onnx.defs.has(op_spec.OP_TYPE, op_spec.DOMAIN):
-        onnx.defs.register_schema(op_schema())
+def register_op_schemas() -> None:
+    """Makes `onnx.checker` know the operators; calling it again changes nothing."""
+    for op_type in op_spec.FORMS:
+        if not onnx.defs.has(op_type, op_spec.DOMAIN):
+            onnx.defs.register_schema(op_schema(op_type))
 
 
-def function_body(*, gather: bool, bias: bool) -> ir.Function:
-    """Returns the plain-op body of PifaLinear that any ONNX runtime can run.
+class _Body:
+    """The nodes of a function body, written down one after the other."""
 
-    Args:
-        gather: whether outputs are moved by `output_index`.
-        bias: whether the operator has its optional bias input.
-    """
-    names = [*op_spec.INPUTS, *([op_spec.OPTIONAL_INPUT] if bias else [])]
-    values = {name: ir.Value(name=name) for name in names}
-    nodes: list[ir.Node] = []
+    def __init__(self, op_type: str, *, bias: bool) -> None:
+        self.op_type = op_type
+        self.inputs = {name: ir.Value(name=name) for name in op_spec.inputs_of(op_type, bias=bias)}
+        self.nodes: list[ir.Node] = []
 
-    def emit(op_type: str, output: str, inputs: list[ir.Value], **attributes: int | list[int]) -> ir.Value:
-        node = ir.node(op_type, inputs, attributes=attributes, name=f"{op_spec.OP_TYPE}_{output}")
+    def emit(self, op_type: str, output: str, inputs: list[ir.Value], **attributes: int | list[int]) -> ir.Value:
+        node = ir.node(op_type, inputs, attributes=attributes, name=f"{self.op_type}_{output}")
         node.outputs[0].name = output
-        nodes.append(node)
+        self.nodes.append(node)
         return node.outputs[0]
 
-    pivots = emit("Transpose", "pivot_weight_t", [values["pivot_weight"]], perm=[1, 0])
-    y_p = emit("MatMul", "y_p", [values["x"], pivots])
-    rest = emit("Transpose", "coefficients_t", [values["coefficients"]], perm=[1, 0])
-    y_np = emit("MatMul", "y_np", [y_p, rest])
-    result = emit("Concat", "y_cat", [y_p, y_np], axis=-1)
-    if gather:
-        result = emit("Gather", "y_rows", [result, values["output_index"]], axis=-1)
+    def integers(self, output: str, *value: int) -> ir.Value:
+        return self.emit("Constant", output, [], value_ints=list(value))
+
+    def product(self, output: str, x: ir.Value, weight: ir.Value) -> ir.Value:
+        """Emits x weight^T."""
+        return self.emit("MatMul", output, [x, self.emit("Transpose", f"{weight.name}_t", [weight], perm=[1, 0])])
+
+
+def function_body(op_type: str, *, bias: bool) -> ir.Function:
+    """Returns the plain-op body of an operator that any ONNX runtime can run.
+
+    Args:
+        op_type: one of `op_spec.FORMS`.
+        bias: whether the operator has its optional bias input.
+    """
+    body = _Body(op_type, bias=bias)
+    write = {op_spec.OP_TYPE: _moved_rows, op_spec.ORDERED_OP_TYPE: _ordered_rows, op_spec.COLUMN_OP_TYPE: _columns}
+    result = write[op_type](body)
     if bias:
-        result = emit("Add", "y_bias", [result, values[op_spec.OPTIONAL_INPUT]])
+        result = body.emit("Add", "y_bias", [result, body.inputs[op_spec.OPTIONAL_INPUT]])
     result.name = op_spec.OUTPUT
-    graph = ir.Graph(list(values.values()), [result], nodes=nodes, opset_imports={"": OPSET})
+    graph = ir.Graph(list(body.inputs.values()), [result], nodes=body.nodes, opset_imports={"": OPSET})
     declared = [ir.Attr(name, ir.AttributeType.INT, None) for name in op_spec.INT_ATTRIBUTES]
     declared += [ir.Attr(name, ir.AttributeType.STRING, None) for name in op_spec.STRING_ATTRIBUTES]
-    return ir.Function(op_spec.DOMAIN, op_spec.OP_TYPE, graph=graph, attributes=declared)
+    return ir.Function(op_spec.DOMAIN, op_type, graph=graph, attributes=declared)
+
+
+def _moved_rows(body: _Body) -> ir.Value:
+    """Emits y_p [I; C]^T with the rows of [I; C] in their places.
+
+    The matrix is a constant that runtimes compute once. It costs r^2 multiplications a token more than moving
+    the outputs would, which on a CPU takes longer than both products of a small layer (docs/layouts.md).
+    """
+    pivot_weight, coefficients = body.inputs["pivot_weight"], body.inputs["coefficients"]
+    rank = body.emit("Shape", "rank_1d", [pivot_weight], start=0, end=1)
+    corner = body.emit("Expand", "corner", [body.integers("zero", 0), body.emit("Concat", "r_r", [rank, rank], axis=0)])
+    identity = body.emit("CastLike", "identity", [body.emit("EyeLike", "eye", [corner], dtype=1), pivot_weight])
+    stacked = body.emit("Concat", "stacked", [identity, coefficients], axis=0)
+    left = body.emit("Gather", "left", [stacked, body.inputs[op_spec.INDEX_INPUT]], axis=0)
+    return body.product("y_rows", body.product("y_p", body.inputs["x"], pivot_weight), left)
+
+
+def _ordered_rows(body: _Body) -> ir.Value:
+    """Emits [y_p, y_p C^T]."""
+    y_p = body.product("y_p", body.inputs["x"], body.inputs["pivot_weight"])
+    return body.emit("Concat", "y_cat", [y_p, body.product("y_np", y_p, body.inputs["coefficients"])], axis=-1)
+
+
+def _columns(body: _Body) -> ir.Value:
+    """Emits (x_p + x_np D^T) W_c^T."""
+    x, pivot_weight = body.inputs["x"], body.inputs["pivot_weight"]
+    rank = body.emit("Shape", "rank_1d", [pivot_weight], start=1, end=2)
+    axis, start, end = body.integers("axis", -1), body.integers("start", 0), body.integers("end", _LAST)
+    x_p = body.emit("Slice", "x_p", [x, start, rank, axis])
+    x_np = body.emit("Slice", "x_np", [x, rank, end, axis])
+    z = body.emit("Add", "z", [x_p, body.product("z_np", x_np, body.inputs["coefficients"])])
+    return body.product("y_cols", z, pivot_weight)
 
 
 def pifa_nodes(model: ir.Model) -> list[ir.Node]:
-    """Returns the PifaLinear nodes in graph order."""
-    return [node for node in model.graph if node.domain == op_spec.DOMAIN and node.op_type == op_spec.OP_TYPE]
+    """Returns the nodes of the PIFA operators in graph order."""
+    return [node for node in model.graph if node.domain == op_spec.DOMAIN and node.op_type in op_spec.FORMS]
 
 
-def attach_function_body(model: ir.Model) -> None:
-    """Gives the model the function body that fits its PifaLinear nodes; none without such nodes."""
-    nodes = pifa_nodes(model)
-    if not nodes:
-        return
-    index = nodes[0].inputs[op_spec.INPUTS.index(op_spec.INDEX_INPUT)]
-    if index is None or index.shape is None:
-        raise ExportError(f"{nodes[0].name}: output_index has no static shape")
-    body = function_body(gather=index.shape[0] != 0, bias=len(nodes[0].inputs) > len(op_spec.INPUTS))
-    model.functions[body.identifier()] = body
-    model.graph.opset_imports[op_spec.DOMAIN] = op_spec.OP_VERSION
+def attach_function_bodies(model: ir.Model) -> None:
+    """Gives the model the function body of each PIFA operator in it."""
+    biased = {
+        node.op_type: len(node.inputs) > len(op_spec.inputs_of(node.op_type, bias=False)) for node in pifa_nodes(model)
+    }
+    for op_type, bias in biased.items():
+        body = function_body(op_type, bias=bias)
+        model.functions[body.identifier()] = body
+        model.graph.opset_imports[op_spec.DOMAIN] = op_spec.OP_VERSION
 
 
 def expand_to_plain_ops(model: ir.Model) -> None:
-    """Replaces every PifaLinear node by its function body."""
+    """Replaces every PIFA node by its function body."""
     common.InlinePass()(model)
     model.graph.opset_imports.pop(op_spec.DOMAIN, None)
 
@@ -159,6 +200,6 @@ def make_portable(model: ir.Model, dimension_names: Iterable[Iterable[str | int]
 
 
 def check(path: str) -> None:
-    """Runs `onnx.checker` on a saved model with the operator's schema registered."""
-    register_op_schema()
+    """Runs `onnx.checker` on a saved model with the operators' schemas registered."""
+    register_op_schemas()
     onnx.checker.check_model(path)

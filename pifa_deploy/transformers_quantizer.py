@@ -17,8 +17,16 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from pifa_deploy.checkpoint import FactorizationRecord, ModuleSpec, check_names, tensor_files, validate
+from pifa_deploy.column_linear import PifaColumnLinear
 from pifa_deploy.errors import InputRefusedError
 from pifa_deploy.linear import LowRankLinear, PifaLinear
+
+FactorisedLinear = PifaLinear | PifaColumnLinear | LowRankLinear
+KINDS: dict[str, type[PifaLinear] | type[PifaColumnLinear] | type[LowRankLinear]] = {
+    "pifa": PifaLinear,
+    "pifa-column": PifaColumnLinear,
+    "lowrank": LowRankLinear,
+}
 
 
 class PifaConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -100,19 +108,25 @@ def replace_linears(model: nn.Module, record: FactorizationRecord) -> None:
             raise InputRefusedError(
                 f"config.json says {name} is {spec.out_features} x {spec.in_features}, the model has {found} there"
             )
-        kind = PifaLinear if spec.format == "pifa" else LowRankLinear
+        kind = KINDS[spec.format]
         with torch.device("meta"):
             layer = kind(spec.in_features, spec.out_features, spec.rank, bias=found.bias is not None)
         model.set_submodule(name, layer.to(found.weight.dtype))
 
 
-def spec_of(layer: PifaLinear | LowRankLinear) -> ModuleSpec:
+def factorised_modules(model: nn.Module) -> dict[str, FactorisedLinear]:
+    """Returns path -> layer of every factorised linear."""
+    kinds = tuple(KINDS.values())
+    return {name: module for name, module in model.named_modules() if isinstance(module, kinds)}
+
+
+def spec_of(layer: FactorisedLinear) -> ModuleSpec:
     """Returns the record entry of a factorised layer."""
     return ModuleSpec(
         rank=layer.rank,
         in_features=layer.in_features,
         out_features=layer.out_features,
-        format="pifa" if isinstance(layer, PifaLinear) else "lowrank",
+        format=next(name for name, kind in KINDS.items() if isinstance(layer, kind)),
     )
 
 
@@ -124,11 +138,7 @@ def attach(
     Returns:
         The record that config.json will hold.
     """
-    modules = {
-        name: spec_of(module)
-        for name, module in model.named_modules()
-        if isinstance(module, (PifaLinear, LowRankLinear))
-    }
+    modules = {name: spec_of(module) for name, module in factorised_modules(model).items()}
     record = FactorizationRecord(modules=modules, source=source, density=density, details=details)
     config = PifaConfig(**record.to_json())
     model.config.quantization_config = config

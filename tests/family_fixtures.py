@@ -164,6 +164,8 @@ def options(text: Path, **changes: Any) -> CompressOptions:
     """Returns MPIFA at density 0.6 on a few windows, in batches of three and a last one of two."""
     chosen: dict[str, Any] = {
         "density": 0.6,
+        # Layers are compared one by one with what they replace, features in their places.
+        "layout": "pivoted",
         "calibration": (str(text),),
         "windows": WINDOWS,
         "activations": ActivationOptions(batch_tokens=3 * WINDOWS.sequence_length),

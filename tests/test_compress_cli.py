@@ -17,6 +17,7 @@ from pifa_deploy.checkpoint import FORMATS
 from pifa_deploy.cli import make
 from pifa_deploy.compression.allocation import LAYER_DENSITIES
 from pifa_deploy.compression.reconstruction import SOLVERS
+from pifa_deploy.layouts import LAYOUTS
 from pifa_deploy.op_spec import DTYPE_FLAGS
 
 pytest_plugins = ("cli_plugin",)
@@ -259,7 +260,9 @@ def test_the_command_offers_what_the_library_has() -> None:
     }
     assert sorted(make._METHODS) == sorted(compression.METHODS)
     assert offered["method"] == tuple(make._METHODS)
-    assert sorted(offered["format"]) == sorted(FORMATS)
+    # The layout decides whether a PIFA layer is stored by rows or by columns.
+    assert {"pifa-column", *offered["format"]} == set(FORMATS)
+    assert offered["layout"] == tuple(make._LAYOUTS) == LAYOUTS
     assert sorted(offered["layer_density"]) == sorted(LAYER_DENSITIES)
     assert sorted(offered["solver"]) == sorted(SOLVERS)
     assert sorted(offered["dtype"]) == sorted(offered["activation_dtype"]) == sorted(DTYPE_FLAGS)

@@ -150,7 +150,9 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def asked(text: str, **changes: Any) -> CompressOptions:
-    fields: dict[str, Any] = {"density": 0.6, "calibration": (text,), "windows": WINDOWS, "device": "cpu"}
+    # Layers are compared one by one with what they replace, features in their places.
+    fields: dict[str, Any] = {"density": 0.6, "layout": "pivoted", "calibration": (text,), "windows": WINDOWS}
+    fields["device"] = "cpu"
     return CompressOptions(**fields | changes)
 
 
@@ -191,7 +193,7 @@ def test_a_compressed_model_holds_what_was_asked_for(
     assert summary.module_density == numbers / sum(layer.weight.numel() for layer in linears.values()) <= 0.6
     assert summary.parameters == sum(t.numel() for name, t in stored.items() if not name.endswith("pivot_rows"))
     largest = max((float(t.abs().max()) for name, t in stored.items() if name.endswith("coefficients")), default=0.0)
-    assert summary.max_coefficient == pytest.approx(largest)
+    assert summary.layout.max_coefficient == pytest.approx(largest)
 
 
 @pytest.mark.parametrize("format_", ["pifa", "lowrank"])
@@ -233,7 +235,8 @@ def test_the_tokenizer_and_its_chat_template_come_along(calibration: str, tmp_pa
 
 def test_config_json_records_how_it_was_made(calibration: str, tmp_path: Path, dense: Path) -> None:
     chosen = asked(calibration, rank_multiple=4, attention_density=0.5)
-    compress_model(dense, tmp_path / "out", chosen)
+    summary = compress_model(dense, tmp_path / "out", chosen)
+    assert summary.layout is not None
     written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert (written["source"], written["density"]) == ("mpifa", 0.6)
     found = calibration_set([calibration], small_tokenizer(), WINDOWS)
@@ -244,6 +247,7 @@ def test_config_json_records_how_it_was_made(calibration: str, tmp_path: Path, d
         "seed": 0,
         "reconstruction": asdict(ReconstructionOptions()),
         "format": "pifa",
+        "layout": {"asked": "pivoted", **asdict(summary.layout)},
         "rank_multiple": 4,
         "attention_density": 0.5,
         "layer_density": "uniform",

@@ -71,7 +71,7 @@ class _Graph:
         self.weight(f"{name}.pivot_weight", RANK, HIDDEN)
         self.weight(f"{name}.coefficients", HIDDEN - RANK, RANK)
         self.constant(f"{name}.output_index", self.random.permutation(HIDDEN).astype(np.int32))
-        attributes = op_spec.attributes(rank=RANK, out_features=HIDDEN)
+        attributes = op_spec.attributes(op_spec.OP_TYPE, rank=RANK, out_features=HIDDEN)
         inputs = [x, *(f"{name}.{suffix}" for suffix in op_spec.INPUTS[1:])]
         self.nodes.append(
             helper.make_node(op_spec.OP_TYPE, inputs, [f"{name}.y"], name=name, domain=op_spec.DOMAIN, **attributes)

@@ -210,7 +210,8 @@ class TestGraph:
         assert nodes.keys() == specs.keys()
         assert len(export.pifa_nodes()) == 7 * SIZES["num_hidden_layers"]
         for name, node in nodes.items():
-            assert node.op_type == "PifaLinear"
+            moved = any(value.name == f"{name}.output_index" for value in export.graph.initializer)
+            assert node.op_type == ("PifaLinear" if moved else "PifaOrderedLinear")
             assert node_attributes(node) == {
                 "rank": specs[name]["rank"],
                 "out_features": specs[name]["out_features"],
@@ -218,8 +219,8 @@ class TestGraph:
                 "plugin_namespace": "pifa",
                 "plugin_version": "1",
             }
-            stored = [f"{name}.{part}" for part in ("pivot_weight", "coefficients", "output_index")]
-            assert list(node.input[1:4]) == stored
+            stored = [f"{name}.{part}" for part in ("pivot_weight", "coefficients", *["output_index"][: int(moved)])]
+            assert list(node.input[1 : 1 + len(stored)]) == stored
 
     def test_a_bias_of_some_linears_is_added_behind_the_node(self, exported: Any) -> None:
         export = exported("qwen2, biases on q, k, v, tied")
@@ -228,31 +229,23 @@ class TestGraph:
         for node in export.pifa_nodes():
             if node.name.endswith(("q_proj", "k_proj", "v_proj")):
                 assert f"{node.name}.bias" in adds[node.output[0]].input
-        assert [node.op_type for node in body(export)][-1] == "Gather"
+        assert [nodes[-1].op_type for nodes in bodies(export).values()] == ["MatMul"]
 
     def test_a_bias_of_every_linear_is_an_input_of_the_node(self, exported: Any) -> None:
         export = exported("every bias, mixed layouts")
-        assert all(node.input[4] == f"{node.name}.bias" for node in export.pifa_nodes())
-        assert [node.op_type for node in body(export)][-2:] == ["Gather", "Add"]
+        assert all(node.input[-1] == f"{node.name}.bias" for node in export.pifa_nodes())
+        assert [nodes[-1].op_type for nodes in bodies(export).values()] == ["Add", "Add"]
 
-    def test_pivots_that_are_the_first_rows_everywhere_need_no_gather(self, exported: Any) -> None:
+    def test_pivots_that_are_the_first_rows_everywhere_need_no_index(self, exported: Any) -> None:
         export = exported("first rows everywhere")
-        assert "Gather" not in [node.op_type for node in body(export)]
-        shapes = {tuple(export.initializers[node.input[3]].dims) for node in export.pifa_nodes()}
-        assert shapes == {(0,)}
+        assert {node.op_type for node in export.pifa_nodes()} == {"PifaOrderedLinear"}
+        assert bodies(export).keys() == {"PifaOrderedLinear"}
+        assert not [name for name in export.initializers if name.endswith("output_index")]
 
-    def test_one_body_serves_first_rows_beside_permuted_layers(self, exported: Any) -> None:
+    def test_first_rows_beside_permuted_layers_have_an_operator_each(self, exported: Any) -> None:
         export = exported("every bias, mixed layouts")
-        indices = [
-            onnx.numpy_helper.to_array(export.initializers[n.input[3]], str(export.path)) for n in export.pifa_nodes()
-        ]
-        identities = [np.array_equal(index, np.arange(len(index))) for index in indices]
-        assert all(
-            len(index) == node_attributes(node)["out_features"]
-            for index, node in zip(indices, export.pifa_nodes(), strict=True)
-        )
-        assert any(identities)
-        assert not all(identities)
+        assert {node.op_type for node in export.pifa_nodes()} == {"PifaLinear", "PifaOrderedLinear"}
+        assert bodies(export).keys() == {"PifaLinear", "PifaOrderedLinear"}
 
     @pytest.mark.parametrize("variant", ["dense", "low-rank", "plain ops"])
     def test_a_file_without_the_operator_does_not_mention_it(self, variant: str, exported: Any) -> None:
@@ -294,10 +287,8 @@ def described(values: Any) -> dict[str, list[str | int]]:
     }
 
 
-def body(export: Exported) -> Any:
-    (function,) = export.opened.model.functions
-    assert (function.domain, function.name) == ("pifa", "PifaLinear")
-    return function.node
+def bodies(export: Exported) -> dict[str, Any]:
+    return {function.name: function.node for function in export.opened.model.functions}
 
 
 class TestDtypes:
@@ -387,7 +378,8 @@ class TestFolder:
         manifest = export.manifest
         assert manifest["schema"] == 1
         assert (manifest["artefact"], manifest["dtype"], manifest["plain_ops"]) == ("onnx", "fp32", False)
-        assert manifest["op"] == {"domain": "pifa", "type": "PifaLinear", "version": 1}
+        types = ["PifaLinear", "PifaOrderedLinear", "PifaColumnLinear"]
+        assert manifest["op"] == {"domain": "pifa", "types": types, "version": 1}
         assert manifest["cache"] == {"layers": 2, "kv_heads": 2, "head_dim": 8}
         for name in ("torch", "transformers", "onnx", "onnxscript", "onnx-ir"):
             assert manifest["tools"][name] == version(name)

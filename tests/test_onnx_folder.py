@@ -39,13 +39,13 @@ def folder(tmp_path: Path) -> Path:
     constants = [ir.Value(name=name, const_value=ir.tensor(value, name=name)) for name, value in arrays.items()]
     for value, array in zip(constants, arrays.values(), strict=True):
         value.shape = ir.Shape(array.shape)
-    attributes = op_spec.attributes(rank=R, out_features=M)
+    attributes = op_spec.attributes(op_spec.OP_TYPE, rank=R, out_features=M)
     node = ir.node("PifaLinear", [x, *constants], attributes=attributes, domain="pifa", name=NODE)
     node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.FLOAT)
     opsets = {"": onnx_passes.OPSET, "pifa": 1}
     graph = ir.Graph([x], node.outputs, nodes=[node], initializers=constants, opset_imports=opsets, name="one")
     model = ir.Model(graph, ir_version=10)
-    onnx_passes.attach_function_body(model)
+    onnx_passes.attach_function_bodies(model)
     save_graph(model, tmp_path)
     (tmp_path / "pifa.json").write_text(json.dumps(MANIFEST))
     return tmp_path

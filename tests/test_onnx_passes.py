@@ -1,4 +1,4 @@
-"""The operator in ONNX: its schema, its function body against the dense product, and the passes."""
+"""The operators in ONNX: their schemas, their function bodies against the dense product, and the passes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ import onnxruntime
 import pytest
 
 from pifa_deploy import onnx_passes, op_spec
-from pifa_deploy.errors import ExportError
 
-# (m, n, pivot rows): odd shapes, one pivot, every row a pivot (C empty), 1 x n, m x 1, the first rows.
+# (m, n, pivot rows, or columns): odd shapes, one pivot, every row a pivot (C empty), 1 x n, m x 1, the first ones.
 CASES = {
     "scattered": (13, 7, [1, 2, 6, 11]),
     "one pivot": (97, 31, [96]),
@@ -24,19 +23,39 @@ CASES = {
     "first rows": (13, 7, [0, 1, 2]),
     "square": (64, 64, list(range(1, 64, 2))),
 }
+COLUMNS = {
+    "columns": (7, 13, [0, 1, 2]),
+    "one column": (5, 9, [0]),
+    "every column a pivot": (9, 5, [0, 1, 2, 3, 4]),
+    "square, columns": (64, 64, list(range(24))),
+}
 BATCHES = [(1,), (5,), (2, 3), (1, 1), (2, 1, 3), (0,), (2, 0)]
 DTYPES = {"fp32": (np.float32, ir.DataType.FLOAT), "fp16": (np.float16, ir.DataType.FLOAT16)}
 
 
+def operator_of(case: str) -> str:
+    if case in COLUMNS:
+        return "PifaColumnLinear"
+    pivots = CASES[case][2]
+    return "PifaOrderedLinear" if pivots == list(range(len(pivots))) else "PifaLinear"
+
+
 def operands(case: str, dtype: Any, *, bias: bool) -> dict[str, np.ndarray]:
-    m, n, pivots = CASES[case]
+    m, n, pivots = {**CASES, **COLUMNS}[case]
     rank, random = len(pivots), np.random.default_rng(m * n)
-    stored = [*pivots, *(row for row in range(m) if row not in pivots)]
-    found = {
-        "pivot_weight": random.normal(size=(rank, n)) * n**-0.5,
-        "coefficients": random.normal(size=(m - rank, rank)) * rank**-0.5,
-        "output_index": np.array([] if stored == sorted(stored) else np.argsort(stored), dtype=np.int32),
-    }
+    if case in COLUMNS:
+        found = {
+            "pivot_weight": random.normal(size=(m, rank)) * rank**-0.5,
+            "coefficients": random.normal(size=(rank, n - rank)) * n**-0.5,
+        }
+    else:
+        found = {
+            "pivot_weight": random.normal(size=(rank, n)) * n**-0.5,
+            "coefficients": random.normal(size=(m - rank, rank)) * rank**-0.5,
+        }
+    if operator_of(case) == op_spec.OP_TYPE:
+        stored = [*pivots, *(row for row in range(m) if row not in pivots)]
+        found["output_index"] = np.argsort(stored).astype(np.int32)
     if bias:
         found["bias"] = random.normal(size=m)
     return {name: value if name == "output_index" else value.astype(dtype) for name, value in found.items()}
@@ -44,10 +63,16 @@ def operands(case: str, dtype: Any, *, bias: bool) -> dict[str, np.ndarray]:
 
 def dense_product(case: str, x: np.ndarray, weights: dict[str, np.ndarray]) -> np.ndarray:
     """x W^T + bias in float64, W written row by row from the definition."""
-    m, n, pivots = CASES[case]
+    m, n, pivots = {**CASES, **COLUMNS}[case]
     w_p, c = weights["pivot_weight"].astype(np.float64), weights["coefficients"].astype(np.float64)
     dense, rest = np.empty((m, n)), 0
-    for row in range(m):
+    for column in range(n if case in COLUMNS else 0):
+        if column in pivots:
+            dense[:, column] = w_p[:, pivots.index(column)]
+        else:
+            dense[:, column] = sum((w_p[:, k] * c[k, rest] for k in range(len(pivots))), np.zeros(m))
+            rest += 1
+    for row in range(0 if case in COLUMNS else m):
         if row in pivots:
             dense[row] = w_p[pivots.index(row)]
         else:
@@ -58,15 +83,14 @@ def dense_product(case: str, x: np.ndarray, weights: dict[str, np.ndarray]) -> n
 
 
 def one_node_model(case: str, weights: dict[str, np.ndarray], dtype: ir.DataType, dims: int) -> ir.Model:
-    m, n, pivots = CASES[case]
+    m, n, pivots = {**CASES, **COLUMNS}[case]
+    op_type = operator_of(case)
     x = ir.Value(name="x", type=ir.TensorType(dtype), shape=ir.Shape([*(f"d{i}" for i in range(dims)), n]))
     constants = [ir.Value(name=name, const_value=ir.tensor(value, name=name)) for name, value in weights.items()]
     for value, array in zip(constants, weights.values(), strict=True):
         value.shape, value.type = ir.Shape(array.shape), ir.TensorType(value.const_value.dtype)
-    attributes = op_spec.attributes(rank=len(pivots), out_features=m)
-    node = ir.node(
-        op_spec.OP_TYPE, [x, *constants], attributes=attributes, domain=op_spec.DOMAIN, name="model.layers.0.q_proj"
-    )
+    attributes = op_spec.attributes(op_type, rank=len(pivots), out_features=m)
+    node = ir.node(op_type, [x, *constants], attributes=attributes, domain=op_spec.DOMAIN, name="model.layers.0.q_proj")
     y = node.outputs[0]
     y.name, y.type, y.shape = "y", ir.TensorType(dtype), ir.Shape([*(f"d{i}" for i in range(dims)), m])
     opsets = {"": onnx_passes.OPSET, op_spec.DOMAIN: op_spec.OP_VERSION}
@@ -83,15 +107,15 @@ def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *COLUMNS])
 class TestFunctionBody:
     def check(self, case: str, dtype: str, bias: bool, *, plain: bool) -> None:
         numpy_dtype, onnx_dtype = DTYPES[dtype]
         weights = operands(case, numpy_dtype, bias=bias)
-        m, n, pivots = CASES[case]
+        m, n, pivots = {**CASES, **COLUMNS}[case]
         for dims in (1, 2, 3):
             model = one_node_model(case, weights, onnx_dtype, dims)
-            onnx_passes.attach_function_body(model)
+            onnx_passes.attach_function_bodies(model)
             if plain:
                 onnx_passes.expand_to_plain_ops(model)
                 assert not model.functions
@@ -114,44 +138,67 @@ class TestFunctionBody:
         self.check(case, dtype, bias, plain=True)
 
 
-def body_ops(*, gather: bool, bias: bool) -> list[str]:
-    return [node.op_type for node in onnx_passes.function_body(gather=gather, bias=bias)]
+@pytest.mark.parametrize("op_type", ["PifaLinear", "PifaOrderedLinear", "PifaColumnLinear"])
+def test_bodies_move_no_activations_but_to_join_and_split_them(op_type: str) -> None:
+    body = onnx_passes.function_body(op_type, bias=False)
+    # What depends on weights alone, a runtime computes once.
+    running, made = {"x"}, []
+    for node in body:
+        if running & {value.name for value in node.inputs if value is not None}:
+            running |= {value.name for value in node.outputs}
+            made.append(node.op_type)
+    expected = {
+        "PifaLinear": ["MatMul", "MatMul"],
+        "PifaOrderedLinear": ["MatMul", "MatMul", "Concat"],
+        "PifaColumnLinear": ["Slice", "Slice", "MatMul", "Add", "MatMul"],
+    }
+    assert made == expected[op_type]
+    assert [node.op_type for node in onnx_passes.function_body(op_type, bias=True)] == [
+        *(node.op_type for node in body),
+        "Add",
+    ]
 
 
-def test_body_moves_and_adds_only_where_needed() -> None:
-    plain = ["Transpose", "MatMul", "Transpose", "MatMul", "Concat"]
-    assert body_ops(gather=False, bias=False) == plain
-    assert body_ops(gather=True, bias=False) == [*plain, "Gather"]
-    assert body_ops(gather=False, bias=True) == [*plain, "Add"]
-    assert body_ops(gather=True, bias=True) == [*plain, "Gather", "Add"]
+def test_weights_are_prepared_once_when_a_session_starts(tmp_path: Path) -> None:
+    for case, expected in (
+        ("scattered", ["MatMul", "MatMul"]),
+        ("columns", ["Slice", "Slice", "MatMul", "Add", "MatMul"]),
+    ):
+        model = one_node_model(case, operands(case, np.float32, bias=False), ir.DataType.FLOAT, 2)
+        onnx_passes.attach_function_bodies(model)
+        options = onnxruntime.SessionOptions()
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        options.log_severity_level = 4
+        data = ir.to_proto(model).SerializeToString()
+        onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+        nodes = onnx.load(tmp_path / "optimized.onnx").graph.node
+        assert sorted(node.op_type for node in nodes) == sorted(expected)
 
 
 def test_body_declares_the_operators_inputs_and_attributes() -> None:
-    body = onnx_passes.function_body(gather=True, bias=True)
+    body = onnx_passes.function_body("PifaLinear", bias=True)
     assert [value.name for value in body.inputs] == ["x", "pivot_weight", "coefficients", "output_index", "bias"]
     assert [value.name for value in body.outputs] == ["y"]
     assert set(body.attributes) == {"rank", "out_features", "form", "plugin_namespace", "plugin_version"}
     assert (body.domain, body.name) == ("pifa", "PifaLinear")
-
-
-def test_a_node_without_a_static_index_gets_no_body() -> None:
-    model = one_node_model("scattered", operands("scattered", np.float32, bias=False), ir.DataType.FLOAT, 1)
-    onnx_passes.pifa_nodes(model)[0].inputs[3].shape = None
-    with pytest.raises(ExportError, match=r"model\.layers\.0\.q_proj: output_index has no static shape"):
-        onnx_passes.attach_function_body(model)
+    for op_type in ("PifaOrderedLinear", "PifaColumnLinear"):
+        body = onnx_passes.function_body(op_type, bias=False)
+        assert [value.name for value in body.inputs] == ["x", "pivot_weight", "coefficients"]
+        assert body.name == op_type
 
 
 def test_a_graph_without_the_operator_stays_as_it_is() -> None:
     model = one_node_model("scattered", operands("scattered", np.float32, bias=False), ir.DataType.FLOAT, 1)
     model.graph.node(0).op_type, model.graph.node(0).domain = "Sum", ""
-    onnx_passes.attach_function_body(model)
+    onnx_passes.attach_function_bodies(model)
     assert not model.functions
 
 
 class TestSchema:
     def saved(self, folder: Path, change: Any = None) -> Path:
         model = one_node_model("scattered", operands("scattered", np.float32, bias=True), ir.DataType.FLOAT, 2)
-        onnx_passes.attach_function_body(model)
+        onnx_passes.attach_function_bodies(model)
         proto = ir.to_proto(model)
         if change:
             change(proto.graph.node[0])
@@ -161,7 +208,7 @@ class TestSchema:
     def test_the_checker_accepts_the_operator(self, tmp_path: Path) -> None:
         onnx_passes.check(str(self.saved(tmp_path)))
         assert onnx.defs.has("PifaLinear", "pifa")
-        onnx_passes.register_op_schema()  # a second time changes nothing
+        onnx_passes.register_op_schemas()  # a second time changes nothing
         assert onnx.defs.get_schema("PifaLinear", domain="pifa").since_version == 1
 
     @pytest.mark.parametrize("name", ["rank", "out_features", "form", "plugin_namespace", "plugin_version"])
@@ -186,7 +233,7 @@ class TestSchema:
             onnx_passes.check(str(path))
 
     def test_types_of_the_operator(self) -> None:
-        schema = onnx_passes.op_schema()
+        schema = onnx_passes.op_schema("PifaLinear")
         assert [(value.name, value.type_str) for value in schema.inputs] == [
             ("x", "T"),
             ("pivot_weight", "T"),
@@ -229,7 +276,7 @@ class TestPortableForm:
     def test_simplifying_keeps_weights_and_result(self) -> None:
         weights = operands("square", np.float32, bias=True)
         model = one_node_model("square", weights, ir.DataType.FLOAT, 1)
-        onnx_passes.attach_function_body(model)
+        onnx_passes.attach_function_bodies(model)
         x = np.random.default_rng(2).normal(size=(3, 64)).astype(np.float32)
         before = run(model, x)
         onnx_passes.expand_to_plain_ops(model)

@@ -18,9 +18,11 @@ from pifa_deploy.errors import OutputError
 
 if TYPE_CHECKING:
     from pifa_deploy.compression import CompressOptions, LayerReport
+    from pifa_deploy.layouts import LayoutSummary
 
 # As in pifa_deploy.compression, which a `--help` must not wait for; a test compares the two.
 _METHODS = ["mpifa", "whitened", "svd", "magnitude", "wanda", "ria", "sparsegpt"]
+_LAYOUTS = ["auto", "pivoted", "shared-mlp"]
 _DTYPES = click.Choice(["fp32", "fp16", "bf16"])
 
 
@@ -30,6 +32,9 @@ _DTYPES = click.Choice(["fp32", "fp16", "bf16"])
 @click.option("--density", type=float, help="Size of the factorised linears relative to dense, 0..1; 2:4 is 0.5.")
 @click.option("--method", type=click.Choice(_METHODS), default="mpifa", show_default=True)
 @click.option("--format", type=click.Choice(["pifa", "lowrank"]), default="pifa", show_default=True)
+@click.option(
+    "--layout", type=click.Choice(_LAYOUTS), default="auto", show_default=True, help="Where the pivots lie (pifa)."
+)
 @click.option("--calibration", multiple=True, help="Text file, folder, datasets:NAME or mixture; may be repeated.")
 @click.option("--calibration-samples", "samples", type=int, default=128, show_default=True, help="Windows of text.")
 @click.option("--sequence-length", type=int, default=2048, show_default=True, help="Tokens a window.")
@@ -82,10 +87,16 @@ def compress_command(model: str, out: Path, json_path: Path | None, **flags: Any
     console.summary(f"time: {shares}", json_path)
     console.summary(
         f"{out}: {summary.modules} linears at density {summary.module_density:.4f}, "
-        f"{summary.dense_parameters:,} -> {summary.parameters:,} parameters, mean output error {summary.error:.4f}, "
-        f"max |C| {summary.max_coefficient:.3g}",
+        f"{summary.dense_parameters:,} -> {summary.parameters:,} parameters, mean output error {summary.error:.4f}"
+        + ("" if summary.layout is None else f"; {_pivots(summary.layout)}"),
         json_path,
     )
+
+
+def _pivots(layout: LayoutSummary) -> str:
+    """Returns in one phrase where the pivots lie."""
+    places = ", ".join(f"{number} {kind}" for kind, number in layout.modules.items())
+    return f"{places}, max |C| {layout.max_coefficient:.3g}"
 
 
 def _compress_options(flags: dict[str, Any]) -> CompressOptions:
@@ -161,11 +172,29 @@ def import_command(checkpoint: Path, out: Path, dtype: str | None, force: bool, 
     )
 
 
+@click.command("relayout")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--layout", type=click.Choice(_LAYOUTS), default="auto", show_default=True, help="Where the pivots go.")
+@console.force_option
+@console.json_option
+def relayout_command(checkpoint: Path, out: Path, json_path: Path | None, **options: Any) -> None:
+    """Write the PIFA checkpoint CHECKPOINT as OUT, the same model with its pivots elsewhere."""
+    from pifa_deploy.relayout import RelayoutOptions, relayout_checkpoint
+
+    with console.stage(f"relayout {checkpoint}"):
+        summary = relayout_checkpoint(checkpoint, out, RelayoutOptions(**options))
+    console.result(asdict(summary), json_path)
+    for name, reason in summary.kept.items():
+        console.summary(f"note: {name} stays pivoted: {reason}", json_path)
+    console.summary(f"{out}: {_pivots(summary)}", json_path)
+
+
 @click.command("export")
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=_DTYPES, default="fp16", show_default=True)
-@click.option("--plain-ops", is_flag=True, help="Expand PifaLinear into MatMul, Concat and Gather.")
+@click.option("--plain-ops", is_flag=True, help="Expand PIFA nodes into MatMul, Concat and the like.")
 @console.force_option
 @console.json_option
 def export_command(checkpoint: str, out: Path, json_path: Path | None, **options: Any) -> None:
@@ -176,7 +205,7 @@ def export_command(checkpoint: str, out: Path, json_path: Path | None, **options
         summary = export_checkpoint(checkpoint, out, ExportOptions(**options))
     console.result(asdict(summary), json_path)
     console.summary(
-        f"{out}: {summary.dtype}, {summary.nodes} nodes, {summary.pifa_nodes} of them PifaLinear, "
+        f"{out}: {summary.dtype}, {summary.nodes} nodes, {summary.pifa_nodes} of them PIFA, "
         f"{summary.bytes / 1e6:.1f} MB{'' if summary.tokenizer else ', no tokenizer found'}",
         json_path,
     )
@@ -198,14 +227,23 @@ def export_command(checkpoint: str, out: Path, json_path: Path | None, **options
     show_default=True,
     help="2:4 sparse kernels; auto: where ONNX records 2:4-pruned weights.",
 )
+@click.option("--plugin", type=click.Path(path_type=Path), help="Plugin library that computes the PIFA nodes, or auto.")
 @console.force_option
 @console.json_option
-def build_command(onnx: Path, out: Path, compute_capabilities: str, json_path: Path | None, **options: Any) -> None:
-    """Build the engine folder OUT from the ONNX folder ONNX, in a child process."""
+def build_command(
+    onnx: Path, out: Path, compute_capabilities: str, plugin: Path | None, json_path: Path | None, **options: Any
+) -> None:
+    """Build the engine folder OUT from the ONNX folder ONNX, in a child process.
+
+    Without --plugin the nodes become plain operations; with it the engine needs that library wherever it runs. auto is
+    the library of PIFA_PLUGIN_LIBRARY or of this checkout.
+    """
     from pifa_deploy.engine import BuildOptions, build_engines
+    from pifa_deploy.plugin_library import find_library
 
     explicit = tuple(part.strip() for part in compute_capabilities.split(",") if part.strip())
-    chosen = BuildOptions(compute_capabilities=explicit, **options)
+    library = find_library(None if str(plugin) == "auto" else plugin) if plugin else None
+    chosen = BuildOptions(compute_capabilities=explicit, plugin_library=library, **options)
     with console.stage(f"build {onnx}"):
         record = build_engines(onnx, out, chosen)
     console.result(record.to_json(), json_path)

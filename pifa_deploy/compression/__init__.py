@@ -41,8 +41,9 @@ __all__ = [
     "compress_model",
 ]
 
-# Where and how the work is done decides nothing of the result; `calibration` is told by its texts.
-_NOT_DECISIVE = ("calibration", "force", "restart", "device")
+# Where and how the work is done decides nothing of the layers' results, and the layout comes after them;
+# `calibration` is told by its texts.
+_NOT_DECISIVE = ("calibration", "layout", "force", "restart", "device")
 
 
 def compress_model(

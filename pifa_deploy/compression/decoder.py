@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 
 from pifa_deploy.compression.allocation import LinearShape
 from pifa_deploy.errors import InputRefusedError, StageFailedError
-from pifa_deploy.linear import LowRankLinear, PifaLinear
 from pifa_deploy.sparse_checkpoint import GROUP
+from pifa_deploy.transformers_quantizer import factorised_modules
 
 
 class Halt(Exception):
@@ -56,7 +56,7 @@ def decoder_layers(model: PreTrainedModel, where: str) -> tuple[str, nn.ModuleLi
     Raises:
         InputRefusedError: the model has no linear layers in a module list, or is factorised already.
     """
-    if any(isinstance(module, (PifaLinear, LowRankLinear)) for module in model.modules()):
+    if factorised_modules(model):
         raise InputRefusedError(f"{where}: is factorised already; give the dense model")
     counts = {
         name: sum(isinstance(inner, nn.Linear) for inner in module.modules())

@@ -9,6 +9,7 @@ from pifa_deploy.calibration import CalibrationOptions
 from pifa_deploy.compression.allocation import AllocationOptions
 from pifa_deploy.compression.reconstruction import ReconstructionOptions
 from pifa_deploy.compression.sparsity import PRUNING_METHODS
+from pifa_deploy.layouts import check_layout
 from pifa_deploy.model_folder import torch_dtype
 
 LOW_RANK_METHODS = ("svd", "whitened", "mpifa")
@@ -49,6 +50,7 @@ class CompressOptions:
             (truncation and reconstruction on the inputs of the compressed model), or a 2:4 pruning baseline
             "magnitude", "wanda", "ria", "sparsegpt".
         format: "pifa" or "lowrank" (U, V: fewer ranks for the same density); the 2:4 methods ignore it.
+        layout: where the pivots of format "pifa" lie, see `layouts`: "auto", "pivoted" or "shared-mlp".
         dtype: dtype of the stored weights, "fp32", "fp16" or "bf16".
         include: patterns (fnmatch) of the linears to compress; all in the decoder layers when empty.
         exclude: patterns of linears to leave dense.
@@ -68,6 +70,7 @@ class CompressOptions:
     density: float = 0.5
     method: str = "mpifa"
     format: str = "pifa"
+    layout: str = "auto"
     dtype: str = "fp32"
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
@@ -97,6 +100,7 @@ class CompressOptions:
                 )
         if self.needs_text and not self.calibration:
             raise ValueError(f"method {self.method} needs calibration text; pass --calibration FILE")
+        check_layout(self.layout)
         torch_dtype(self.dtype)
 
     @property

@@ -21,13 +21,11 @@ class Replacement:
         kind: "pifa", "lowrank" or "2:4".
         tensors: suffix -> tensor on the CPU as the checkpoint has it; for "2:4" `weight` and bool `mask`.
         error: relative error of its outputs on the calibration inputs, or of its weight where there were none.
-        max_coefficient: largest |C|; 0 unless "pifa".
     """
 
     kind: str
     tensors: Mapping[str, torch.Tensor]
     error: float
-    max_coefficient: float = 0.0
 
     def spec(self) -> ModuleSpec:
         """Returns the record entry of a factorised linear."""
@@ -88,8 +86,15 @@ class Replacement:
         return stacked[index], self.tensors["pivot_weight"].float()
 
 
-def stored_pair(pair: tuple[torch.Tensor, torch.Tensor], kind: str, dtype: torch.dtype, *, error: float) -> Replacement:
-    """Returns U [m, r], V [r, n] as they are stored: as pivot factors or as the pair itself.
+def stored_pair(
+    pair: tuple[torch.Tensor, torch.Tensor],
+    kind: str,
+    dtype: torch.dtype,
+    *,
+    error: float,
+    root: torch.Tensor | None = None,
+) -> Replacement:
+    """Returns U [m, r], V [r, n] as they are stored: as pivot factors, best for inputs of `root`, or as they are.
 
     Raises:
         FactorizationError: there are no usable pivot factors.
@@ -97,7 +102,7 @@ def stored_pair(pair: tuple[torch.Tensor, torch.Tensor], kind: str, dtype: torch
     if kind == "lowrank":
         u, v = (matrix.to("cpu", dtype).contiguous() for matrix in pair)
         return Replacement(kind=kind, tensors={"low_rank_u": u, "low_rank_v": v}, error=error)
-    factors = factors_from_low_rank(*pair, dtype=dtype)
+    factors = factors_from_low_rank(pair[0].cpu(), pair[1].cpu(), dtype=dtype, root=root)
     return Replacement(
         kind=kind,
         tensors={
@@ -106,5 +111,4 @@ def stored_pair(pair: tuple[torch.Tensor, torch.Tensor], kind: str, dtype: torch
             "pivot_rows": factors.pivot_rows,
         },
         error=error,
-        max_coefficient=factors.conditioning.max_coefficient,
     )

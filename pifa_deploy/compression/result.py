@@ -17,6 +17,7 @@ from pifa_deploy.compression.allocation import Allocation, LinearShape
 from pifa_deploy.compression.clock import StepClock
 from pifa_deploy.compression.options import CompressOptions
 from pifa_deploy.compression.resume import ResumeFolder
+from pifa_deploy.layouts import LayoutSummary, apply_layout
 from pifa_deploy.model_folder import check_finite, save_tokenizer, torch_dtype
 from pifa_deploy.sparse_checkpoint import SparseModule, SparsityRecord, validate_sparsity, write_sparsity
 from pifa_deploy.transformers_quantizer import attach
@@ -33,7 +34,7 @@ class CompressSummary:
         dense_parameters: parameters of the dense model.
         parameters: parameters of the checkpoint; of a 2:4 model without the pruned ones.
         module_density: stored numbers of the linears asked for relative to dense ones.
-        max_coefficient: largest |C| of all modules; 0 without pivot factors.
+        layout: where the pivots lie; None for a 2:4 model.
         error: mean relative output error of the replaced linears.
         seconds: wall time.
         shares: step -> share of the wall time.
@@ -46,7 +47,7 @@ class CompressSummary:
     dense_parameters: int
     parameters: int
     module_density: float
-    max_coefficient: float
+    layout: LayoutSummary | None
     error: float
     seconds: float
     shares: Mapping[str, float]
@@ -91,10 +92,12 @@ def write_result(folder: Path, name: str, result: Result) -> CompressSummary:
         InputRefusedError: a weight is not finite in the dtype to store.
     """
     model, options = result.model, result.options
-    errors, largest, masks = _put_in_place(result)
+    errors, masks = _put_in_place(result)
+    with result.clock.step("layout"):
+        layout = None if options.is_pruning else apply_layout(model, options.layout)
     pruned = sum(int((~mask).sum()) for mask in masks.values())
     if not options.is_pruning:
-        attach(model, source=options.method, density=options.density, details=_details(result))
+        attach(model, source=options.method, density=options.density, details=_details(result, layout))
     check_finite(model.to(torch_dtype(options.dtype)), str(result.source))
     # A factorised model under the names of its modules, which the record uses; the older names that transformers
     # writes for some families (GPT-NeoX) are for other readers, and those a 2:4 model has.
@@ -113,7 +116,7 @@ def write_result(folder: Path, name: str, result: Result) -> CompressSummary:
         dense_parameters=result.dense_parameters,
         parameters=parameters,
         module_density=result.allocation.density if result.allocation else 1.0 - pruned / asked,
-        max_coefficient=largest,
+        layout=layout,
         error=sum(errors) / len(errors),
         seconds=result.clock.total(),
         shares=result.clock.shares(),
@@ -121,14 +124,10 @@ def write_result(folder: Path, name: str, result: Result) -> CompressSummary:
     )
 
 
-def _put_in_place(result: Result) -> tuple[list[float], float, dict[str, torch.Tensor]]:
-    """Puts the replacements, views of their mapped files, into the model.
-
-    Returns:
-        Their errors, the largest |C|, and the masks by module path.
-    """
+def _put_in_place(result: Result) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Puts the replacements, views of their mapped files, into the model; returns their errors, and masks by path."""
     assert result.resume is not None
-    errors, largest, masks = [], 0.0, {}
+    errors, masks = [], {}
     layers = result.model.get_submodule(result.layers)
     assert isinstance(layers, nn.ModuleList)
     for number, layer in enumerate(layers):
@@ -137,13 +136,12 @@ def _put_in_place(result: Result) -> tuple[list[float], float, dict[str, torch.T
             assert isinstance(dense, nn.Linear)
             layer.set_submodule(name, entry.module(dense))
             errors.append(entry.error)
-            largest = max(largest, entry.max_coefficient)
             if "mask" in entry.tensors:
                 masks[f"{result.layers}.{number}.{name}"] = entry.tensors["mask"]
-    return errors, largest, masks
+    return errors, masks
 
 
-def _details(result: Result) -> dict[str, Any]:
+def _details(result: Result, layout: LayoutSummary | None) -> dict[str, Any]:
     """Returns what config.json says about how the factors were made."""
     options = result.options
     details: dict[str, Any] = {
@@ -154,6 +152,7 @@ def _details(result: Result) -> dict[str, Any]:
         details["reconstruction"] = asdict(options.reconstruction)
     if result.allocation is not None:
         details["format"] = options.format
+        details["layout"] = {"asked": options.layout, **(asdict(layout) if layout else {})}
         details["rank_multiple"] = options.rank_multiple
         details["attention_density"] = options.attention_density
         details["layer_density"] = options.layer_density
@@ -163,6 +162,6 @@ def _details(result: Result) -> dict[str, Any]:
 
 def _write_masks(folder: Path, masks: Mapping[str, torch.Tensor], result: Result) -> None:
     modules = {name: SparseModule(out_features=len(mask), in_features=mask.shape[1]) for name, mask in masks.items()}
-    details = _details(result)
+    details = _details(result, None)
     write_sparsity(folder, SparsityRecord(modules=modules, method=result.options.method, details=details), masks)
     validate_sparsity(folder)

@@ -100,10 +100,7 @@ class ResumeFolder:
             for name, entry in replacements.items()
             for suffix, tensor in entry.tensors.items()
         }
-        about = {
-            name: {"kind": entry.kind, "error": entry.error, "max_coefficient": entry.max_coefficient}
-            for name, entry in replacements.items()
-        }
+        about = {name: {"kind": entry.kind, "error": entry.error} for name, entry in replacements.items()}
         partial = self.path / "layer.partial"
         try:
             self.path.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ from pifa_deploy.compression.options import CompressOptions
 from pifa_deploy.compression.reconstruction import Reconstruction
 from pifa_deploy.compression.replacement import Replacement, stored_pair
 from pifa_deploy.compression.sparsity import prune_2_4
-from pifa_deploy.compression.statistics import InputMoments
+from pifa_deploy.compression.statistics import InputMoments, damped_root
 from pifa_deploy.compression.truncation import truncated_svd, whitened_svd
 from pifa_deploy.errors import FactorizationError, StageFailedError
 from pifa_deploy.model_folder import torch_dtype
@@ -54,10 +54,13 @@ def solve_group(
         return {}
     with clock.step("solves"):
         shared = _reconstruction(moments, options, next(iter(targets.values())).path)
+    with clock.step("pivoting"):
+        pivots = moments is not None and options.format == "pifa" and not options.is_pruning
+        root = damped_root(moments.gram) if pivots and moments else None
     found = {}
     for name, target in targets.items():
         try:
-            found[name] = _solved(target, moments, options, shared=shared, clock=clock)
+            found[name] = _solved(target, moments, options, shared=shared, root=root, clock=clock)
         except FactorizationError as error:
             raise FactorizationError(f"{target.path}: {error}") from None
         except ValueError as error:
@@ -87,6 +90,7 @@ def _solved(
     options: CompressOptions,
     *,
     shared: Reconstruction | None,
+    root: torch.Tensor | None,
     clock: StepClock,
 ) -> Replacement:
     weight, dtype = target.layer.weight.detach(), torch_dtype(options.dtype)
@@ -105,7 +109,7 @@ def _solved(
             pair = whitened_svd(weight, gram, target.rank)
         error = output_error(weight, pair[0] @ pair[1], gram)
     with clock.step("pivoting"):
-        return stored_pair(pair, options.format, dtype, error=error)
+        return stored_pair(pair, options.format, dtype, error=error, root=root)
 
 
 def output_error(weight: torch.Tensor, found: torch.Tensor, gram: torch.Tensor | None) -> float:

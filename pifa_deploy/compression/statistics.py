@@ -7,6 +7,18 @@ import torch
 from pifa_deploy.compression.distributed import Processes
 from pifa_deploy.errors import StageFailedError
 
+# As the reconstruction's ridge: without it, factors would be free wherever the calibration text never went.
+_DAMPING = 0.1
+
+
+def damped_root(gram: torch.Tensor) -> torch.Tensor:
+    """Returns L [n, n] float64 on the CPU with L L^T = gram + 0.1 diag(gram), and every input counting a little."""
+    energy = gram.diagonal()
+    damped = gram.clone()
+    damped.diagonal().add_(_DAMPING * energy.clamp_min(1e-6 * float(energy.mean())))
+    root: torch.Tensor = torch.linalg.cholesky(damped)
+    return root.cpu()
+
 
 class InputMoments:
     """Sums over calibration tokens: X X^T of the inputs, and X_o X^T with the dense model's inputs X_o.

@@ -1,0 +1,222 @@
+// The interface of pifaLinear.h on the CPU: the plan and the index logic of the kernels, compiled from their source,
+// with loops where the GPU has blocks and lanes. Pointers are host pointers, the stream is ignored, and every sum is
+// taken in the order in which the GPU takes it. Wants g++ and CUDA's headers, no GPU.
+#ifdef PIFA_TEST_CUBLASLT
+#include "../pifaLinear/cublasLtProduct.h"
+#endif
+#include "../pifaLinear/pifaLinearPlan.h"
+
+#include <vector>
+
+namespace pifa
+{
+namespace
+{
+
+int64_t gChunkTokens = 0; // of the GEMM path, where a test wants fewer than 2^31 elements would need
+
+struct HostExecutor
+{
+    void* workspace;
+
+    int64_t chunkTokens(PifaProblem const& p)
+    {
+        return gChunkTokens > 0 ? std::min(gChunkTokens, gemmChunkTokens(p)) : gemmChunkTokens(p);
+    }
+
+    template <int kTokens, int kVector, typename Weight, typename Activation>
+    void tile(RowProducts<Weight, Activation> const& p, RowLaunch const& launch, TilePosition at)
+    {
+        constexpr int kSteps = 2;
+        constexpr int kSums = kMaxRows * kTokens;
+        Weight const* rows[kMaxRows];
+        findRows(p, launch, at.row, rows);
+        std::vector<float> sums(static_cast<size_t>(launch.groupThreads) * kSums);
+        for (int lane = 0; lane < launch.groupThreads; ++lane)
+        {
+            Chunk<Weight, kVector> next[kSteps][kMaxRows];
+            float mine[kMaxRows][kTokens] = {};
+            for (int step = 0; step < kSteps; ++step)
+            {
+                loadStep(rows, lane + step * launch.groupThreads, static_cast<uint32_t>(p.depth / kVector), next[step]);
+            }
+            accumulate<kTokens, kVector, kSteps>(p, launch, lane, at.token, rows, next, mine);
+            std::copy(&mine[0][0], &mine[0][0] + kSums, &sums[static_cast<size_t>(lane) * kSums]);
+        }
+        for (int i = 0; i < kSums; ++i)
+        {
+            float sum = 0.0F;
+            for (int warp = 0; warp < launch.groupThreads / kWarp; ++warp)
+            {
+                float* const first = &sums[static_cast<size_t>(warp) * kWarp * kSums + i];
+                for (int offset = kWarp / 2; offset > 0; offset /= 2)
+                {
+                    for (int lane = 0; lane < offset; ++lane)
+                    {
+                        first[lane * kSums] += first[(lane + offset) * kSums];
+                    }
+                }
+                sum += first[0];
+            }
+            int64_t const row = at.row + i / kTokens;
+            int64_t const token = at.token + i % kTokens;
+            if (i / kTokens < launch.groupRows && row < p.rows && token < p.tokens)
+            {
+                finish(p, row, token, sum);
+            }
+        }
+    }
+
+    template <int kTokens, int kVector, typename Weight, typename Activation>
+    int32_t tiles(RowProducts<Weight, Activation> const& p, RowLaunch const& launch)
+    {
+        for (int64_t block = 0; block < launch.grid; ++block)
+        {
+            for (int64_t i = block; i < launch.tiles; i += launch.grid)
+            {
+                for (int group = 0; group < kThreads / launch.groupThreads; ++group)
+                {
+                    tile<kTokens, kVector>(p, launch, tilePosition(launch, i, group));
+                }
+            }
+        }
+        return PIFA_OK;
+    }
+
+    template <int kVector, typename Weight, typename Activation>
+    int32_t chooseTokens(RowProducts<Weight, Activation> const& p, RowLaunch const& launch)
+    {
+        switch (launch.tileTokens)
+        {
+        case 1: return tiles<1, kVector>(p, launch);
+        case 2: return tiles<2, kVector>(p, launch);
+        case 4: return tiles<4, kVector>(p, launch);
+        default: return tiles<kMaxTileTokens, kVector>(p, launch);
+        }
+    }
+
+    template <typename Weight, typename Activation>
+    int32_t rows(RowProducts<Weight, Activation> const& p, RowLaunch const& launch, bool)
+    {
+        return launch.vector == 1 ? chooseTokens<1>(p, launch) : chooseTokens<kVectorElements<Weight>>(p, launch);
+    }
+
+    template <typename T>
+    int32_t permute(Permutation<T> const& p, bool wide)
+    {
+        for (int64_t item = 0; item < p.items; ++item)
+        {
+            wide ? permuteItem<kVectorElements<T>>(p, item) : permuteItem<1>(p, item);
+        }
+        return PIFA_OK;
+    }
+
+#ifdef PIFA_TEST_CUBLASLT
+    // Through the real calls, into the library that cublasLtFake.cpp stands for.
+    template <typename T>
+    int32_t product(Product<T> const& p)
+    {
+        bool biasAdded = true;
+        int32_t const status = cublasLtProduct(p, workspace, nullptr, &biasAdded);
+        return status != PIFA_OK || biasAdded ? status : addBias(p, *this);
+    }
+#else
+    // What cuBLASLt is asked for, sums in fp32.
+    template <typename T>
+    int32_t product(Product<T> const& p)
+    {
+        for (int64_t t = 0; t < p.tokens; ++t)
+        {
+            for (int64_t i = 0; i < p.rows; ++i)
+            {
+                float sum = 0.0F;
+                for (int64_t k = 0; k < p.depth; ++k)
+                {
+                    sum += toFloat(p.weight[i * p.depth + k]) * toFloat(p.activations[t * p.activationStride + k]);
+                }
+                sum += p.addend ? toFloat(p.addend[t * p.addendStride + i]) : 0.0F;
+                p.out[t * p.outStride + i] = fromFloat<T>(sum + (p.bias ? toFloat(p.bias[i]) : 0.0F));
+            }
+        }
+        return PIFA_OK;
+    }
+#endif
+};
+
+} // namespace
+} // namespace pifa
+
+int32_t pifaLinearCheck(PifaProblem const* problem, int32_t path)
+{
+    return pifa::checkProblem(problem, path);
+}
+
+int64_t pifaLinearWorkspaceBytes(PifaProblem const* problem, int32_t path)
+{
+    int32_t const status = pifa::checkProblem(problem, path);
+    return status == PIFA_OK ? pifa::workspaceBytes(*problem, path) : status;
+}
+
+int32_t pifaLinearChosenPath(PifaProblem const* problem)
+{
+    int32_t const status = pifa::checkProblem(problem, PIFA_PATH_AUTO);
+    return status == PIFA_OK ? pifa::rulePath(*problem) : status;
+}
+
+int32_t pifaLinearPrepare(PifaProblem const* problem, int32_t path)
+{
+    return pifa::checkProblem(problem, path);
+}
+
+int32_t pifaLinearEnqueue(PifaProblem const* problem, PifaBuffers const* buffers, int32_t path, void*)
+{
+    int32_t status = pifa::checkProblem(problem, path);
+    if (status != PIFA_OK || problem->tokens == 0)
+    {
+        return status;
+    }
+    status = pifa::checkBuffers(*problem, buffers);
+    if (status != PIFA_OK)
+    {
+        return status;
+    }
+    pifa::HostExecutor execute{buffers->workspace};
+    return pifa::run(*problem, *buffers, path == PIFA_PATH_AUTO ? pifa::rulePath(*problem) : path, execute);
+}
+
+char const* pifaLinearStatusString(int32_t status)
+{
+    char const* const own = pifa::statusString(status);
+    return own ? own : "a CUDA error";
+}
+
+int32_t pifaLinearOpVersion(void)
+{
+    return 1;
+}
+
+// 0 restores the real size.
+extern "C" PIFA_EXPORT void pifaTestSetChunkTokens(int64_t tokens)
+{
+    pifa::gChunkTokens = tokens;
+}
+
+// For property tests: {tileTokens, vector, groupThreads, groupRows, rowTiles, tokenTiles, tiles, grid}.
+extern "C" PIFA_EXPORT void pifaTestPlanRows(
+    int64_t rows, int64_t depth, int64_t tokens, int64_t weightBytes, int64_t* out)
+{
+    pifa::RowLaunch const launch = pifa::planRows(rows, depth, tokens, weightBytes);
+    int64_t const values[] = {launch.tileTokens, launch.vector, launch.groupThreads, launch.groupRows, launch.rowTiles,
+        launch.tokenTiles, launch.tiles, launch.grid};
+    std::copy(std::begin(values), std::end(values), out);
+}
+
+// {row, token} at which group `group` of tile `tile` begins.
+extern "C" PIFA_EXPORT void pifaTestTilePosition(int64_t rows, int64_t depth, int64_t tokens, int64_t weightBytes,
+    int64_t tile, int32_t group, int64_t* out)
+{
+    pifa::TilePosition const at
+        = pifa::tilePosition(pifa::planRows(rows, depth, tokens, weightBytes), tile, group);
+    out[0] = at.row;
+    out[1] = at.token;
+}

@@ -1,0 +1,57 @@
+"""The plugin driven as TensorRT drives it, by a program that has TensorRT's headers only; no GPU is used."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ("plugin_fixtures",)
+
+
+@pytest.fixture(scope="module")
+def host(plugin_build: Path) -> Path:
+    """plugins/tests/host.cpp, and the plugin before made-up kernels, both with address and undefined sanitizers."""
+    command = ["cmake", "--build", str(plugin_build), "--target", "host", "fake_plugin"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return plugin_build / "tests" / "host"
+
+
+def run(host: Path, library: Path) -> str:
+    environment = {
+        **os.environ,
+        "ASAN_OPTIONS": "detect_leaks=1:abort_on_error=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+    done = subprocess.run(
+        [host, library], env=environment, capture_output=True, text=True, timeout=300, errors="replace", check=False
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stderr == ""
+    return done.stdout
+
+
+def counts(said: str) -> tuple[int, int]:
+    found = re.match(r"(\d+) checks over (\d+) shapes", said)
+    assert found, said
+    return int(found[1]), int(found[2])
+
+
+def test_all_calls_of_building_and_running_hold_over_hundreds_of_shapes_and_bad_fields(host: Path) -> None:
+    said = run(host, host.parent / "libfake_plugin.so")
+    checks, shapes = counts(said)
+    assert checks > 400_000
+    assert shapes > 1000
+    assert "run phase included" in said
+
+
+def test_the_library_with_its_own_kernels_answers_the_same_while_building(host: Path, plugin_library: Path) -> None:
+    said = run(host, plugin_library)
+    checks, shapes = counts(said)
+    assert checks > 400_000
+    assert shapes > 1000
+    assert "run phase" not in said
