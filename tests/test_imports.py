@@ -46,6 +46,7 @@ ORDER = [
     "onnx_export",
     "build_log",
     "plugin_library",
+    "cuda_kernels",
     "engine_record",
     "engine_child",
     "engine",
