@@ -20,7 +20,7 @@ from pifa_deploy.hidden_features import hidden_features
 from pifa_deploy.layouts import low_rank_pair
 from pifa_deploy.model_folder import load_model
 from pifa_deploy.refit import refitted_coefficients
-from pifa_deploy.shared_pivots import shared_pivots
+from pifa_deploy.shared_pivots import removal_cost, shared_pivots
 from pifa_deploy.transformers_quantizer import factorised_modules
 
 Rows = torch.Tensor
@@ -72,6 +72,17 @@ def blocks(space: torch.Tensor) -> Rows:
     return (kept[:, None] * BLOCK + torch.arange(BLOCK)).flatten()
 
 
+def by_leverage(space: torch.Tensor, count: int) -> Rows:
+    """The first k rows of a space of k columns, and those others that lower ||rows^+|| most, `count` in all."""
+    kept = torch.arange(len(space))
+    while len(kept) > count:
+        cost = removal_cost(space[kept])
+        cost[kept < space.shape[1]] = torch.inf
+        number = max(1, (len(kept) - count) // 10)
+        kept = kept[torch.argsort(cost)[number:].sort().values]
+    return kept
+
+
 def judged(
     weight: torch.Tensor, rows: Rows, pair: tuple[torch.Tensor, torch.Tensor], *, refit: bool
 ) -> dict[str, float]:
@@ -99,6 +110,16 @@ def judged(
     return found
 
 
+def affordable(shape: torch.Size, rank: int, share: float) -> int:
+    """Returns the largest rank that stores no more with `share` of it as extra rows, which are computed twice."""
+    (m, n), budget = shape, rank * (sum(shape) - rank)
+    for lower in range(rank, 0, -1):
+        rows = lower + max(1, round(share * lower))
+        if rows * n + (m - lower) * rows <= budget:
+            return lower
+    raise ValueError(f"nothing fits {budget} numbers")
+
+
 def candidates(u: torch.Tensor, v: torch.Tensor, shared: Rows | None) -> dict[str, dict[str, float]]:
     """Returns candidate -> its figures for W = u v."""
     weight, space, rank = u @ v, basis(u), u.shape[1]
@@ -117,6 +138,12 @@ def candidates(u: torch.Tensor, v: torch.Tensor, shared: Rows | None) -> dict[st
         if name in ("QR", "first rows"):
             made[f"{name}, no refit"] = judged(weight, rows, (u, v), refit=False)
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    for share in (0.02, 0.05):
+        lower = affordable(weight.shape, rank, share)
+        pair = (left[:, :lower] * values[:lower], right[:lower])
+        rows = by_leverage(basis(pair[0]), lower + max(1, round(share * lower)))
+        figures = judged(pair[0] @ pair[1], rows, pair, refit=True)
+        made[f"first rows and {share:.0%} by leverage"] = figures | {"rank": lower / rank}
     for share in (0.03, 0.05, 0.1):
         lower = int(rank / (1 + share))
         pair = (left[:, :lower] * values[:lower], right[:lower])

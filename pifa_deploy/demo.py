@@ -195,6 +195,7 @@ def _compress(folder: Path, variant: str, options: DemoOptions) -> None:
         density=options.density,
         format=variant,
         method="mpifa",
+        dtype="fp16",
         calibration=(MIXTURE,),
         windows=options.calibration,
     )

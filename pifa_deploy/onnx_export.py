@@ -13,12 +13,14 @@ from transformers import PreTrainedModel
 from pifa_deploy import onnx_passes, op_spec
 from pifa_deploy.decoder_graph import cache_shape, graph_from_model, interface
 from pifa_deploy.digest import file_sha256, model_sha256
+from pifa_deploy.layouts import leave_dense
 from pifa_deploy.model_folder import HUB_PREFIX, load_model, save_tokenizer, torch_dtype
 from pifa_deploy.onnx_folder import DATA_FILE, MANIFEST_FILE, MODEL_FILE, SCHEMA
 from pifa_deploy.output_folder import new_folder, write_json
 from pifa_deploy.sparse_checkpoint import PATTERN, is_sparse, read_sparsity
 from pifa_deploy.transformers_quantizer import factorised_modules, spec_of
 
+FORMATS = ("pifa", "auto")
 _INLINE_BYTES = 1024
 _TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-ir")
 
@@ -29,17 +31,22 @@ class ExportOptions:
 
     Attributes:
         dtype: "fp32", "fp16" or "bf16": weights, activations and cache; norms and softmax compute in fp32.
+        format: "pifa" exports every layer as it is stored; "auto" writes a layer dense where its factors take no fewer
+            multiplications than the dense weight: faster on a CPU, and larger.
         plain_ops: expand every PIFA node into MatMul, Concat and the like.
         force: replace an existing output folder.
     """
 
     dtype: str = "fp16"
+    format: str = "pifa"
     plain_ops: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
-        """Raises ValueError for an unknown dtype."""
+        """Raises ValueError for an unknown dtype or format."""
         torch_dtype(self.dtype)
+        if self.format not in FORMATS:
+            raise ValueError(f"format is {self.format!r}, expected one of {FORMATS}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +58,7 @@ class ExportSummary:
         dtype: as in ExportOptions.
         nodes: nodes of the graph.
         pifa_nodes: PIFA nodes in it (0 with plain_ops or for a dense model).
+        left_dense: layers written dense because of format "auto".
         bytes: size of model.onnx and its data.
         tokenizer: whether tokenizer files were found and copied.
     """
@@ -59,6 +67,7 @@ class ExportSummary:
     dtype: str
     nodes: int
     pifa_nodes: int
+    left_dense: tuple[str, ...]
     bytes: int
     tokenizer: bool
 
@@ -80,6 +89,7 @@ def export_checkpoint(checkpoint: Path | str, target: Path | str, options: Expor
     """
     with new_folder(target, force=options.force) as folder:
         model = load_model(checkpoint, dtype=torch_dtype(options.dtype))
+        left_dense = leave_dense(model) if options.format == "auto" else []
         graph = graph_from_model(model)
         onnx_passes.attach_function_bodies(graph)
         if options.plain_ops:
@@ -90,6 +100,7 @@ def export_checkpoint(checkpoint: Path | str, target: Path | str, options: Expor
         tokenizer = save_tokenizer(checkpoint, folder)
         model.config.save_pretrained(folder)
         content = {"modules": _modules(model, graph), "sparsity": _sparsity(checkpoint, graph)}
+        content["left_dense"] = left_dense
         content |= {"source_sha256": _source_hash(checkpoint)} | _manifest(model, folder, options)
         write_json(folder / MANIFEST_FILE, content)
         onnx_passes.check(str(folder / MODEL_FILE))
@@ -98,6 +109,7 @@ def export_checkpoint(checkpoint: Path | str, target: Path | str, options: Expor
             dtype=options.dtype,
             nodes=len(graph.graph),
             pifa_nodes=len(onnx_passes.pifa_nodes(graph)),
+            left_dense=tuple(left_dense),
             bytes=sum((folder / name).stat().st_size for name in (MODEL_FILE, DATA_FILE)),
             tokenizer=tokenizer,
         )

@@ -6,6 +6,7 @@ that operator has one.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable
 
 import onnx
@@ -20,6 +21,9 @@ OPSET = 18
 _FOLD_LIMIT = 1024
 # ONNX's way to say: to the end.
 _LAST = 2**63 - 1
+# PifaLinear moves weights in a file of smaller layers than this, and outputs in one of larger: the first costs r^2
+# multiplications a token more, the second copies all outputs three times (docs/layouts.md has the measurements).
+LARGE = 2048
 
 
 def op_schema(op_type: str) -> onnx.defs.OpSchema:
@@ -74,15 +78,20 @@ class _Body:
         return self.emit("MatMul", output, [x, self.emit("Transpose", f"{weight.name}_t", [weight], perm=[1, 0])])
 
 
-def function_body(op_type: str, *, bias: bool) -> ir.Function:
+def function_body(op_type: str, *, bias: bool, large: bool = False) -> ir.Function:
     """Returns the plain-op body of an operator that any ONNX runtime can run.
 
     Args:
         op_type: one of `op_spec.FORMS`.
         bias: whether the operator has its optional bias input.
+        large: whether PifaLinear moves outputs and not weights, see `LARGE`.
     """
     body = _Body(op_type, bias=bias)
-    write = {op_spec.OP_TYPE: _moved_rows, op_spec.ORDERED_OP_TYPE: _ordered_rows, op_spec.COLUMN_OP_TYPE: _columns}
+    write = {
+        op_spec.OP_TYPE: _moved_outputs if large else _moved_weights,
+        op_spec.ORDERED_OP_TYPE: _ordered_rows,
+        op_spec.COLUMN_OP_TYPE: _columns,
+    }
     result = write[op_type](body)
     if bias:
         result = body.emit("Add", "y_bias", [result, body.inputs[op_spec.OPTIONAL_INPUT]])
@@ -93,12 +102,8 @@ def function_body(op_type: str, *, bias: bool) -> ir.Function:
     return ir.Function(op_spec.DOMAIN, op_type, graph=graph, attributes=declared)
 
 
-def _moved_rows(body: _Body) -> ir.Value:
-    """Emits y_p [I; C]^T with the rows of [I; C] in their places.
-
-    The matrix is a constant that runtimes compute once. It costs r^2 multiplications a token more than moving
-    the outputs would, which on a CPU takes longer than both products of a small layer (docs/layouts.md).
-    """
+def _moved_weights(body: _Body) -> ir.Value:
+    """Emits y_p [I; C]^T with the rows of [I; C] in their places, a constant that runtimes compute once."""
     pivot_weight, coefficients = body.inputs["pivot_weight"], body.inputs["coefficients"]
     rank = body.emit("Shape", "rank_1d", [pivot_weight], start=0, end=1)
     corner = body.emit("Expand", "corner", [body.integers("zero", 0), body.emit("Concat", "r_r", [rank, rank], axis=0)])
@@ -106,6 +111,18 @@ def _moved_rows(body: _Body) -> ir.Value:
     stacked = body.emit("Concat", "stacked", [identity, coefficients], axis=0)
     left = body.emit("Gather", "left", [stacked, body.inputs[op_spec.INDEX_INPUT]], axis=0)
     return body.product("y_rows", body.product("y_p", body.inputs["x"], pivot_weight), left)
+
+
+def _moved_outputs(body: _Body) -> ir.Value:
+    """Emits concat(y_p, y_np) with its elements moved: as rows of the transpose, since a Gather copies whole rows."""
+    index = body.inputs[op_spec.INDEX_INPUT]
+    flat = body.emit("Flatten", "y_flat", [_ordered_rows(body)], axis=-1)
+    turned = body.emit("Transpose", "y_turned", [flat], perm=[1, 0])
+    moved = body.emit("Transpose", "y_moved", [body.emit("Gather", "y_taken", [turned, index], axis=0)], perm=[1, 0])
+    leading = body.emit("Shape", "leading", [body.inputs["x"]], end=-1)
+    features = body.emit("Shape", "features", [index])
+    shape = body.emit("Concat", "y_shape", [leading, features], axis=0)
+    return body.emit("Reshape", "y_rows", [moved, shape], allowzero=1)
 
 
 def _ordered_rows(body: _Body) -> ir.Value:
@@ -132,11 +149,13 @@ def pifa_nodes(model: ir.Model) -> list[ir.Node]:
 
 def attach_function_bodies(model: ir.Model) -> None:
     """Gives the model the function body of each PIFA operator in it."""
+    moved = [node.attributes["out_features"].as_int() for node in pifa_nodes(model) if node.op_type == op_spec.OP_TYPE]
+    large = bool(moved) and statistics.median(moved) >= LARGE
     biased = {
         node.op_type: len(node.inputs) > len(op_spec.inputs_of(node.op_type, bias=False)) for node in pifa_nodes(model)
     }
     for op_type, bias in biased.items():
-        body = function_body(op_type, bias=bias)
+        body = function_body(op_type, bias=bias, large=large)
         model.functions[body.identifier()] = body
         model.graph.opset_imports[op_spec.DOMAIN] = op_spec.OP_VERSION
 

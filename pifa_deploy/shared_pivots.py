@@ -36,7 +36,7 @@ def shared_pivots(spaces: Sequence[torch.Tensor], count: int) -> torch.Tensor:
         raise ValueError(f"count is {count}, expected {widest} <= count <= {rows}")
     kept = torch.arange(rows)
     while len(kept) > count:
-        cost = torch.stack([_removal_cost(space[kept]) for space in spaces]).sum(dim=0)
+        cost = torch.stack([removal_cost(space[kept]) for space in spaces]).sum(dim=0)
         number = max(1, int(_AT_ONCE * (len(kept) - count)))
         mask = torch.ones(len(kept), dtype=torch.bool)
         mask[torch.argsort(cost)[:number]] = False
@@ -48,7 +48,7 @@ def shared_pivots(spaces: Sequence[torch.Tensor], count: int) -> torch.Tensor:
     return ascending
 
 
-def _removal_cost(rows: torch.Tensor) -> torch.Tensor:
+def removal_cost(rows: torch.Tensor) -> torch.Tensor:
     """Returns by how much ||rows^+||_F^2 grows when a row is taken away, for each row."""
     solved = torch.linalg.solve(rows.T @ rows, rows.T).T
     leverage = (solved * rows).sum(dim=1)

@@ -324,15 +324,16 @@ def _factors(u: torch.Tensor, v: torch.Tensor) -> Any:
         return factors_from_low_rank(u, v, dtype=torch.float32)
 
 
-class TestCheckpointAndExport:
-    @pytest.fixture(scope="class")
-    def folders(self, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-        root = tmp_path_factory.mktemp("layouts")
-        model, exact = decoder(mlp_bias=True)
-        save_decoder(model, root / "pivoted")
-        relayout_checkpoint(root / "pivoted", root / "shared", RelayoutOptions(layout="shared-mlp"))
-        return {"root": root, "exact": exact}
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    root = tmp_path_factory.mktemp("layouts")
+    model, exact = decoder(mlp_bias=True)
+    save_decoder(model, root / "pivoted")
+    relayout_checkpoint(root / "pivoted", root / "shared", RelayoutOptions(layout="shared-mlp"))
+    return {"root": root, "exact": exact}
 
+
+class TestCheckpointAndExport:
     def test_a_checkpoint_keeps_its_layout(self, folders: dict[str, Any]) -> None:
         record = validate(folders["root"] / "shared")
         formats = {name: spec.format for name, spec in record.modules.items()}
@@ -369,6 +370,36 @@ class TestCheckpointAndExport:
         ids = np.random.default_rng(1).integers(3, 30, (1, 7))
         found, _ = OnnxRuntimeRunner(folder).step(plain_step(ids), None)
         expected_logits = logits(folders["exact"], ids).numpy()
+        assert np.linalg.norm(found - expected_logits) <= 2e-5 * np.linalg.norm(expected_logits)
+
+    def test_format_auto_leaves_dense_what_factors_do_not_speed_up(
+        self, folders: dict[str, Any], tmp_path: Path
+    ) -> None:
+        def high(name: str, m: int, n: int) -> tuple[int, list[int]]:
+            # q, o: r (m + n) is above m n; gate, up: r (m + n - r) is below.
+            rank = min(m, n) * 3 // 4
+            return rank, sorted(torch.randperm(m, generator=torch.Generator().manual_seed(1))[:rank].tolist())
+
+        model, exact = decoder(high)
+        apply_layout(model, "shared-mlp")
+        attach(model, source="svd", density=0.5, details={})
+        save_decoder(model, tmp_path / "checkpoint")
+        summary = export(tmp_path / "checkpoint", tmp_path / "onnx", dtype="fp32", format="auto")
+        layers = factorised_modules(model)
+        slow = {
+            name
+            for name, layer in layers.items()
+            if "mlp" not in name
+            and layer.rank * (layer.in_features + layer.out_features) >= layer.in_features * layer.out_features
+        }
+        assert slow
+        assert set(summary.left_dense) == slow
+        folder = open_folder(tmp_path / "onnx")
+        assert set(folder.manifest["left_dense"]) == slow
+        assert {node.name for node in folder.model.graph.node if node.domain == "pifa"} == layers.keys() - slow
+        ids = np.random.default_rng(1).integers(3, 30, (1, 7))
+        found, _ = OnnxRuntimeRunner(folder).step(plain_step(ids), None)
+        expected_logits = logits(exact, ids).numpy()
         assert np.linalg.norm(found - expected_logits) <= 2e-5 * np.linalg.norm(expected_logits)
 
     def test_inspect_shows_where_the_pivots_lie(self, folders: dict[str, Any], pifa_deploy: Any) -> None:

@@ -109,6 +109,12 @@ def run(model: ir.Model, x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", [*CASES, *COLUMNS])
 class TestFunctionBody:
+    def test_of_large_layers_is_the_dense_product(
+        self, case: str, dtype: str, bias: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(onnx_passes, "LARGE", 1)
+        self.check(case, dtype, bias, plain=False)
+
     def check(self, case: str, dtype: str, bias: bool, *, plain: bool) -> None:
         numpy_dtype, onnx_dtype = DTYPES[dtype]
         weights = operands(case, numpy_dtype, bias=bias)
@@ -157,6 +163,15 @@ def test_bodies_move_no_activations_but_to_join_and_split_them(op_type: str) -> 
         *(node.op_type for node in body),
         "Add",
     ]
+
+
+def test_a_file_of_large_layers_moves_outputs_and_one_of_small_layers_weights() -> None:
+    for rows, expected in ((2048, True), (2047, False)):
+        model = one_node_model("square", operands("square", np.float32, bias=False), ir.DataType.FLOAT, 2)
+        onnx_passes.pifa_nodes(model)[0].attributes["out_features"] = ir.AttrInt64("out_features", rows)
+        onnx_passes.attach_function_bodies(model)
+        (body,) = model.functions.values()
+        assert ("Flatten" in [node.op_type for node in body]) == expected
 
 
 def test_weights_are_prepared_once_when_a_session_starts(tmp_path: Path) -> None:

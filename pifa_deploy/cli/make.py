@@ -194,6 +194,13 @@ def relayout_command(checkpoint: Path, out: Path, json_path: Path | None, **opti
 @click.argument("checkpoint")
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--dtype", type=_DTYPES, default="fp16", show_default=True)
+@click.option(
+    "--format",
+    type=click.Choice(["pifa", "auto"]),
+    default="pifa",
+    show_default=True,
+    help="auto: dense where factors take no fewer multiplications.",
+)
 @click.option("--plain-ops", is_flag=True, help="Expand PIFA nodes into MatMul, Concat and the like.")
 @console.force_option
 @console.json_option
@@ -206,6 +213,7 @@ def export_command(checkpoint: str, out: Path, json_path: Path | None, **options
     console.result(asdict(summary), json_path)
     console.summary(
         f"{out}: {summary.dtype}, {summary.nodes} nodes, {summary.pifa_nodes} of them PIFA, "
+        f"{f'{len(summary.left_dense)} layers left dense, ' if summary.left_dense else ''}"
         f"{summary.bytes / 1e6:.1f} MB{'' if summary.tokenizer else ', no tokenizer found'}",
         json_path,
     )
