@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_OUT ?= demo-output
 
-.PHONY: help demo test test-slow lint bench-export lean-runtimes plugin clean
+.PHONY: help demo test test-slow lint bench-export lean-runtimes plugin gpu-bundle clean
 
 help:
 	@echo "make demo       the whole flow on SmolLM2-135M, no GPU needed (about 10 minutes on 2 cores)"
@@ -13,6 +13,7 @@ help:
 	@echo "make test-slow  the long checks"
 	@echo "make lint       ruff and mypy"
 	@echo "make plugin     the TensorRT plugin for every GPU that nvcc knows, in plugins/build"
+	@echo "make gpu-bundle what perf/gpu_check.sh lacks on a bare GPU machine, in gpu-bundle"
 	@echo "make bench-export  time and peak memory of an export of the demo's checkpoint"
 
 $(INSTALLED): pyproject.toml constraints.txt
@@ -51,6 +52,9 @@ lint: $(INSTALLED)
 
 plugin: $(INSTALLED)
 	$(BIN)/pifa-deploy plugin build plugins/build --fetch-headers
+
+gpu-bundle: $(INSTALLED)
+	PYTHON=$(abspath $(BIN)/python) perf/gpu_bundle.sh gpu-bundle
 
 bench-export: $(INSTALLED)
 	$(BIN)/python perf/bench_export.py $(DEMO_OUT)/pifa

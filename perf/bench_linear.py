@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from linear_contenders import CONTENDERS, Instance, Setting, contenders_for
+from linear_report import plot, write
 
 from pifa_deploy.cuda_kernels import Kernels
 
@@ -59,7 +60,9 @@ def l2_bytes(device: str) -> int:
 def check(instance: Instance, x: torch.Tensor) -> None:
     """Raises RuntimeError unless the output is close to float64; at most 64 tokens are looked at."""
     some = x[:: max(1, x.shape[0] // 64)]
-    found, expected = instance.call(x)[:: max(1, x.shape[0] // 64)].double(), instance.exact(some)
+    result = instance.call(x)
+    y = torch.cat(result, dim=-1) if isinstance(result, list) else result
+    found, expected = y[:: max(1, x.shape[0] // 64)].double(), instance.exact(some)
     error = float((found - expected).norm() / expected.norm())
     if not error <= TOLERANCE[x.dtype]:
         raise RuntimeError(f"wrong result: relative error {error:.2e}")
@@ -137,7 +140,7 @@ def measure(layers: list[list[int]], tokens: int, density: float, options: Optio
     """Returns the figures of every contender, or why it did not run, by name."""
     ready: dict[str, Prepared] = {}
     rows: dict[str, Any] = {}
-    for name in contenders_for(tokens, density):
+    for name in contenders_for(tokens, density, layers):
         try:
             ready[name] = prepare(name, layers, tokens, density, options)
         except Exception as error:
@@ -215,46 +218,18 @@ def grid(shapes: dict[str, Any], entries: int) -> list[tuple[dict[str, Any], int
     return [(shapes["entries"][e], shapes["tokens"][t], shapes["densities"][d]) for _, e, t, d in sorted(points)]
 
 
-def best_of(rows: dict[str, Any], prefix: str) -> dict[str, Any] | None:
-    done = [row for name, row in rows.items() if name.startswith(prefix) and "median_us" in row]
-    return min(done, key=lambda row: row["median_us"]) if done else None
-
-
-def table(results: list[dict[str, Any]], peaks: dict[str, float]) -> list[str]:
-    heads = ["layer", "density", "tokens", "dense us", "low-rank x", "2:4 x", "PIFA plain x", "PIFA kernels x"]
-    heads += ["% of copy", "% of matmul"]
-    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
-    for result in results:
-        rows = result["rows"]
-        dense = rows.get("dense", {}).get("median_us")
-        kernels = min(
-            filter(None, (best_of(rows, "PIFA decode"), best_of(rows, "PIFA GEMM"))),
-            key=lambda row: row["median_us"],
-            default=None,
-        )
-        names = ("low-rank, equal density", "2:4", "PIFA, plain")
-        ups = [f"{row['speed_up']:.2f}" if (row := best_of(rows, name)) and dense else "-" for name in names]
-        if kernels and dense:
-            share = kernels["gb_per_s"] / peaks["copy_gb_per_s"], kernels["tflop_per_s"] / peaks["matmul_tflop_per_s"]
-            ups += [f"{kernels['speed_up']:.2f}", *(f"{value:.0%}" for value in share)]
-        else:
-            ups += ["-"] * 3
-        cells = [result["name"], result["density"], result["tokens"], f"{dense:.1f}" if dense else "-", *ups]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return lines
-
-
-def run(options: Options, shapes: dict[str, Any]) -> dict[str, Any]:
+def run(options: Options, shapes: dict[str, Any], save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Returns the report; `save` gets what there is of it after every point, so that a killed run leaves it."""
     started = time.monotonic()
-    peaks = ceilings(options)
-    results, left_out = [], 0
+    report = {"environment": environment(options), "ceilings": ceilings(options), "left_out": 0, "results": []}
     for entry, tokens, density in grid(shapes, options.entries):
         if time.monotonic() - started > options.seconds:
-            left_out += 1
+            report["left_out"] += 1
             continue
         rows = measure(entry["layers"], tokens, density, options)
-        results.append({"name": entry["name"], "tokens": tokens, "density": density, "rows": rows})
-    return {"environment": environment(options), "ceilings": peaks, "left_out": left_out, "results": results}
+        report["results"].append({"name": entry["name"], "tokens": tokens, "density": density, "rows": rows})
+        save(report)
+    return report
 
 
 def main() -> int:
@@ -283,15 +258,11 @@ def main() -> int:
     )
     random.seed(0)
     torch.manual_seed(0)
-    with torch.no_grad():
-        report = run(options, json.loads(arguments.shapes.read_text()))
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / "bench_linear.json").write_text(json.dumps(report, indent=1) + "\n")
-    lines = table(sorted(report["results"], key=lambda r: (r["name"], r["density"], r["tokens"])), report["ceilings"])
-    peaks = ", ".join(f"{name} {value:.0f}" for name, value in report["ceilings"].items())
-    lines += ["", f"Measured ceilings: {peaks}. Left out for lack of time: {report['left_out']} of the grid."]
-    (arguments.out / "bench_linear.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    with torch.no_grad():
+        report = run(options, json.loads(arguments.shapes.read_text()), lambda each: write(each, arguments.out))
+    print("\n".join(write(report, arguments.out)))
+    print(plot(report, arguments.out / "bench_linear.png"))
     return 0
 
 

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: builds the kernels with nvcc alone, runs the gpu tests, compute-sanitizer
-# and the benchmark, and prints a short table last. Wants nvcc, Python with PyTorch and pytest, g++; no network, no CMake,
-# no TensorRT. Under 10 minutes.
+# Everything that needs a GPU, in one command and under 10 minutes: builds the kernels with nvcc alone, runs the gpu tests,
+# the plugin's enqueue, compute-sanitizer and the benchmarks, and prints a short table last. Wants nvcc, g++, Python with
+# PyTorch and pytest; no network, no CMake, no TensorRT. What `make gpu-bundle` collected is used where it is there.
 #
-#   perf/gpu_check.sh [--out DIR] [--seconds N]     DIR: perf/results/gpu; N: time of the benchmark, 240
+#   perf/gpu_check.sh [--out DIR] [--seconds N]     DIR: perf/results/gpu; N: at most so long in all, 580
 #
-# Exit codes: 0 passed, 1 a check failed, 3 not decided (no GPU, or a tool does not work here), 4 the build failed.
+# A stage that takes longer than its share is ended and "not decided". Results are written after every stage.
+# Exit codes: 0 passed, 1 a check failed, 3 not decided (no GPU, no time, or a tool does not work), 4 the build failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
 out=perf/results/gpu
-seconds=240
+seconds=580
 while [ $# -gt 0 ]; do
     case "$1" in
     --out) out=${2:?--out wants a folder}; shift 2 ;;
@@ -20,78 +21,132 @@ while [ $# -gt 0 ]; do
 done
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
+rm -f "$out"/{environment,tests,sanitizer}.txt "$out"/bench_linear.{json,md,png} "$out"/{bench_model.json,summary.md}
 python=${PYTHON:-python3}
+bundle=$PWD/gpu-bundle
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1
+trap 'exit 143' TERM INT
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONDONTWRITEBYTECODE=1 MPLCONFIGDIR="$build"
 
 stages=()
 verdict=0
+summary() {
+    echo "| stage | result | detail |"
+    echo "|---|---|---|"
+    printf '%s\n' "${stages[@]}"
+    if [ -f "$out/bench_linear.md" ]; then
+        echo
+        head -n 2 "$out/bench_linear.md"
+        grep -E '\| 0\.5 \| (1|16|2048) \|' "$out/bench_linear.md"
+        tail -n 1 "$out/bench_linear.md"
+    fi
+    if [ -s "$build/model.log" ]; then
+        echo
+        grep '^|' "$build/model.log"
+    fi
+}
+
 # note STAGE RESULT DETAIL: RESULT is passed, failed or "not decided".
 note() {
-    stages+=("$1|$2|$3")
+    stages+=("| $1 | $2 | $(printf %s "$3" | tr '|\n' '/ ') |")
     case "$2" in
     failed) verdict=1 ;;
     "not decided") [ "$verdict" -eq 0 ] && verdict=3 ;;
     esac
+    summary >"$out/summary.md"
     echo "== $1: $2 ($3)"
 }
 
 finish() {
-    {
-        echo "| stage | result | detail |"
-        echo "|---|---|---|"
-        for stage in "${stages[@]}"; do
-            IFS='|' read -r name result detail <<<"$stage"
-            echo "| $name | $result | $detail |"
-        done
-        if [ -f "$out/bench_linear.md" ]; then
-            echo
-            head -n 2 "$out/bench_linear.md"
-            grep -E '\| 0\.5 \| (1|16|2048) \|' "$out/bench_linear.md"
-            tail -n 1 "$out/bench_linear.md"
-        fi
-    } >"$out/summary.md"
     echo
     cat "$out/summary.md"
     exit "${1:-$verdict}"
 }
 
+# within SECONDS COMMAND...: runs it in its share of what is left; 124 when that is over.
+within() {
+    local limit=$1 left=$((seconds - SECONDS))
+    shift
+    [ "$limit" -lt "$left" ] || limit=$left
+    [ "$limit" -gt 0 ] || return 124
+    timeout -k 5 "$limit" "$@"
+}
+
+# judge STAGE STATUS DETAIL: turns an exit status into a result.
+judge() {
+    case "$2" in
+    0) note "$1" passed "$3" ;;
+    3) note "$1" "not decided" "$3" ;;
+    124 | 137) note "$1" "not decided" "its time was over; $3" ;;
+    *) note "$1" failed "exit code $2; $3" ;;
+    esac
+}
+
 nvcc=${CUDACXX:-$(command -v nvcc || ls -d /usr/local/cuda*/bin/nvcc 2>/dev/null | tail -n 1)}
-if [ -z "$nvcc" ]; then
-    note build "not decided" "nvcc was not found; install the CUDA toolkit or set CUDACXX"
-    finish 3
-fi
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -n 1 | tr -d '. ')
 case "$capability" in '' | *[!0-9]*) capability="" ;; esac
 arch=${capability:-90}
+headers=""
+for folder in "$bundle/tensorrt-headers" "${TENSORRT_ROOT:-/nowhere}" "${TENSORRT_ROOT:-/nowhere}/include"; do
+    [ -n "$headers" ] || [ ! -f "$folder/NvInferRuntime.h" ] || headers=$folder
+done
 {
     date -u +%FT%TZ
     nvidia-smi 2>&1 || true
-    "$nvcc" --version
+    [ -z "$nvcc" ] || "$nvcc" --version
     "$python" -c 'import torch, sys; print(sys.version); print("torch", torch.__version__, "cuda", torch.version.cuda)'
+    echo "TensorRT headers: ${headers:+found}"
 } >"$out/environment.txt" 2>&1
 
-began=$SECONDS
-flags=(-std=c++17 -O3 -gencode "arch=compute_$arch,code=sm_$arch" -cudart static)
-kernels=(plugins/pifaLinear/pifaLinear.cu plugins/pifaLinear/cublasLtProduct.cu)
-"$nvcc" "${flags[@]}" -shared -Xcompiler -fPIC -Xptxas -v "${kernels[@]}" -ldl -o "$build/libpifa_kernels.so" \
-    >"$build/library.log" 2>&1 &
-library=$!
-"$nvcc" "${flags[@]}" -lineinfo plugins/tests/kernelsSanitizer.cu "${kernels[@]}" -ldl -o "$build/sanitizer" \
-    >"$build/sanitizer.log" 2>&1
-program_status=$?
-wait "$library"
-if [ $? -ne 0 ] || [ $program_status -ne 0 ]; then
-    tail -n 20 "$build"/*.log
-    note build failed "sm_$arch with $nvcc"
-    finish 4
-fi
-spills=$(grep -c -E ' [1-9][0-9]* bytes spill stores' "$build/library.log")
-note build passed "sm_$arch in $((SECONDS - began)) s, $spills kernels spill registers"
+# Compiles everything at once, then links; without TensorRT's headers the library has the kernels only.
+compile() {
+    local jobs=() job status=0 flags=(-std=c++17 -O3 -gencode "arch=compute_$arch,code=sm_$arch" -Xcompiler -fPIC)
+    one() { "$nvcc" "${flags[@]}" "${@:2}" -c "$1" -o "$build/$(basename "$1").o" >"$build/$(basename "$1").log" 2>&1; }
+    one plugins/pifaLinear/pifaLinear.cu -Xptxas -v & jobs+=($!)
+    one plugins/pifaLinear/cublasLtProduct.cu & jobs+=($!)
+    one plugins/tests/kernelsSanitizer.cu -lineinfo & jobs+=($!)
+    if [ -n "$headers" ]; then
+        local include=(-isystem "$headers" -I plugins/pifaLinear "-DPIFA_BUILD_ARCHS=\"$arch\"")
+        for file in plugins/pifaLinear/*.cpp; do
+            one "$file" "${include[@]}" & jobs+=($!)
+        done
+        one plugins/tests/host.cpp "${include[@]}" -DPIFA_HOST_CUDA & jobs+=($!)
+    fi
+    for job in "${jobs[@]}"; do wait "$job" || status=1; done
+    [ $status -eq 0 ] || return 1
+    local kernels=("$build"/{pifaLinear,cublasLtProduct}.cu.o) link=("$nvcc" -cudart static)
+    "${link[@]}" -shared "${kernels[@]}" $(ls "$build"/pifaLinear*.cpp.o 2>/dev/null) -ldl -o "$build/libpifa_plugin.so" \
+        -Xlinker --version-script=plugins/cmake/exports.map >"$build/link.log" 2>&1 || return 1
+    "${link[@]}" "$build/kernelsSanitizer.cu.o" "${kernels[@]}" -ldl -o "$build/sanitizer" >>"$build/link.log" 2>&1 || return 1
+    [ -z "$headers" ] || "${link[@]}" "$build/host.cpp.o" -ldl -lpthread -o "$build/host" >>"$build/link.log" 2>&1
+}
+export -f compile
+export nvcc arch build headers
 
-export PIFA_PLUGIN_LIBRARY="$build/libpifa_kernels.so"
-if ! "$python" - >"$build/load.log" 2>&1 <<'PYTHON'; then
+began=$SECONDS
+if [ -n "$nvcc" ]; then
+    within 120 bash -c compile
+    status=$?
+    if [ $status -ne 0 ]; then
+        tail -n 20 "$build"/*.log
+        note build failed "exit code $status; sm_$arch with $nvcc"
+        finish 4
+    fi
+    library=$build/libpifa_plugin.so
+    spills=$(grep -c -E ' [1-9][0-9]* bytes spill stores' "$build/pifaLinear.cu.log")
+    most=$(grep -o -E 'Used [0-9]+ registers' "$build/pifaLinear.cu.log" | grep -o -E '[0-9]+' | sort -n | tail -n 1)
+    note build passed "sm_$arch in $((SECONDS - began)) s, $spills kernels spill, at most $most registers"
+elif [ -f "$bundle/libpifa_plugin.so" ]; then
+    library=$bundle/libpifa_plugin.so
+    note build "not decided" "no nvcc; the library of gpu-bundle is used"
+else
+    note build "not decided" "nvcc was not found; install the CUDA toolkit, set CUDACXX, or bring gpu-bundle"
+    finish 3
+fi
+
+export PIFA_PLUGIN_LIBRARY="$library"
+within 40 "$python" - >"$build/load.log" 2>&1 <<'PYTHON'
 import torch
 from pifa_deploy.cuda_kernels import KernelPath, KernelProblem, Kernels
 from pifa_deploy.plugin_library import find_library
@@ -99,29 +154,35 @@ kernels = Kernels(find_library())
 problem = KernelProblem(dtype=torch.float16, tokens=1000, in_features=64, out_features=96, rank=32)
 print(f"1000 tokens go to {kernels.chosen_path(problem).name.lower()}; GEMM: {kernels.check(problem, KernelPath.GEMM) or 'ok'}")
 PYTHON
-    tail -n 5 "$build/load.log"
-    note load failed "the library does not load under $python"
-    finish 1
-fi
-note load passed "$(tail -n 1 "$build/load.log")"
+status=$?
+judge load $status "$(tail -n 1 "$build/load.log")"
+[ $status -eq 0 ] || finish 1
 
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
     note tests "not decided" "no GPU"
     finish 3
 fi
 
-began=$SECONDS
+# tests SECONDS STAGE -k EXPRESSION
+tests() {
+    local began=$SECONDS
+    within "$1" "$python" -m pytest --noconftest -p no:cacheprovider -q -m gpu tests/test_kernels_gpu.py "${@:3}" \
+        >"$build/tests.log" 2>&1
+    local status=$?
+    { echo "== $2"; cat "$build/tests.log"; } >>"$out/tests.txt"
+    [ $status -eq 0 ] || tail -n 40 "$build/tests.log"
+    # pytest is content when everything was skipped.
+    [ $status -ne 0 ] || grep -q -E '[0-9]+ passed' "$build/tests.log" || status=3
+    judge "$2" $status "$(tail -n 1 "$build/tests.log"); $((SECONDS - began)) s"
+}
 if "$python" -c 'import pytest' 2>/dev/null; then
-    timeout 200 "$python" -m pytest --noconftest -p no:cacheprovider -q -m gpu tests/test_kernels_gpu.py \
-        >"$out/tests.txt" 2>&1
-    status=$?
-    detail="$(tail -n 1 "$out/tests.txt"); $((SECONDS - began)) s"
-    if [ $status -ne 0 ]; then note tests failed "$detail"; tail -n 40 "$out/tests.txt"; else note tests passed "$detail"; fi
+    tests 110 "tests" -k "not two_to_the_31"
+    tests 40 "beyond 2^31 elements" -k "two_to_the_31"
 else
     note tests "not decided" "$python has no pytest"
 fi
 
-# cuBLASLt as PyTorch ships it, for a program that PyTorch is not part of.
+# cuBLASLt as PyTorch ships it, for programs that PyTorch is not part of.
 folder=$("$python" - <<'PYTHON'
 from pathlib import Path
 import torch
@@ -130,40 +191,52 @@ print(next((str(path.parent) for path in sorted(root.rglob("libcublasLt.so*"))),
 PYTHON
 )
 export LD_LIBRARY_PATH="${folder:+$folder:}${LD_LIBRARY_PATH:-}"
-timeout 60 "$build/sanitizer" 2000 >"$out/sanitizer.txt" 2>&1
-if [ $? -eq 0 ]; then result=passed; else result=failed; fi
-note "exact buffers" "$result" "$(tail -n 1 "$out/sanitizer.txt")"
 
+# program SECONDS STAGE COMMAND...: its last line is the detail.
+program() {
+    within "$1" "${@:3}" >"$build/tool.log" 2>&1
+    local status=$?
+    { echo "== $2, exit code $status"; tail -n 60 "$build/tool.log"; } >>"$out/sanitizer.txt"
+    judge "$2" $status "$(tail -n 1 "$build/tool.log")"
+}
+if [ -x "$build/host" ]; then
+    program 30 "plugin enqueue" "$build/host" "$library" --cuda
+else
+    note "plugin enqueue" "not decided" "no TensorRT headers or no nvcc; bring what make gpu-bundle collects"
+fi
 sanitizer=$(command -v compute-sanitizer || ls -d /usr/local/cuda*/bin/compute-sanitizer 2>/dev/null | tail -n 1)
+[ ! -x "$build/sanitizer" ] || program 20 "exact buffers" "$build/sanitizer" 2000
 for tool in memcheck racecheck initcheck synccheck; do
-    if [ -z "$sanitizer" ]; then
-        note "$tool" "not decided" "compute-sanitizer was not found"
+    if [ -z "$sanitizer" ] || [ ! -x "$build/sanitizer" ]; then
+        note "$tool" "not decided" "compute-sanitizer was not found, or nothing was built"
         continue
     fi
-    timeout 60 "$sanitizer" --tool "$tool" --error-exitcode 9 "$build/sanitizer" 96 >"$build/tool.log" 2>&1
+    within 25 "$sanitizer" --tool "$tool" --error-exitcode 9 "$build/sanitizer" 96 >"$build/tool.log" 2>&1
     status=$?
     { echo "== $tool, exit code $status"; tail -n 60 "$build/tool.log"; } >>"$out/sanitizer.txt"
     detail=$(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$build/tool.log" | tail -n 1 | tr -d '=')
     if grep -q -E 'Device not supported|Unable to find injection|not supported on' "$build/tool.log"; then
-        note "$tool" "not decided" "compute-sanitizer does not work on this machine"
-    elif [ $status -eq 124 ]; then
-        note "$tool" "not decided" "took more than 60 s"
-    elif [ $status -eq 0 ]; then
-        note "$tool" passed "$detail"
-    else
-        note "$tool" failed "exit code $status;$detail"
+        status=3 detail="compute-sanitizer does not work on this machine"
     fi
+    judge "$tool" $status "$detail"
 done
 
-left=$((560 - SECONDS))
-[ "$seconds" -lt "$left" ] || seconds=$((left - 20))
+within 60 "$python" perf/bench_model.py --library "$library" --out "$out/bench_model.json" --seconds 35 \
+    >"$build/model.log" 2>"$build/error.log"
+judge "whole decoders" $? "$(tail -n 1 "$build/error.log")$(grep -h 'no GPU' "$build/model.log")"
+within 40 "$python" perf/bench_compress.py --out "$build/compress.json" >"$build/compress.log" 2>"$build/error.log"
+judge "compress, GPU against CPU" $? "$(cat "$build/compress.log" "$build/error.log" | tail -n 1)"
+"$python" - "$out/bench_model.json" "$build/compress.json" <<'PYTHON' 2>/dev/null
+import json, sys
+from pathlib import Path
+target, compress = map(Path, sys.argv[1:])
+report = json.loads(target.read_text()) if target.exists() else {}
+target.write_text(json.dumps({**report, "compress": json.loads(compress.read_text())}, indent=1) + "\n")
+PYTHON
+
+# The longest and the last: it has all the time that is left, and writes as it goes.
 began=$SECONDS
-timeout "$left" "$python" perf/bench_linear.py --library "$PIFA_PLUGIN_LIBRARY" --out "$out" --seconds "$seconds" \
-    >"$build/bench.log" 2>&1
-if [ $? -eq 0 ]; then
-    note benchmark passed "$((SECONDS - began)) s"
-else
-    tail -n 20 "$build/bench.log"
-    note benchmark failed "$(tail -n 1 "$build/bench.log" | tr '|' '/')"
-fi
+left=$((seconds - SECONDS))
+within "$left" "$python" perf/bench_linear.py --library "$library" --out "$out" --seconds $((left - 30)) >"$build/bench.log" 2>&1
+judge "one layer" $? "$((SECONDS - began)) s; $(tail -n 1 "$build/bench.log")"
 finish

@@ -7,7 +7,7 @@ its own weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.nn.functional import linear
@@ -17,6 +17,15 @@ from pifa_deploy.cuda_kernels import KernelPath, Kernels, PivotLayer
 from pifa_deploy.density import low_rank_rank_for_density, parameter_count, rank_for_density
 
 RANK_MULTIPLE = 16
+# Layers that shapes.json has stacked because they read the same x, and what they are stacked of: q·k·v and gate·up.
+PARTS = {
+    (12288, 4096): (4096, 4096, 4096),
+    (22016, 4096): (11008, 11008),
+    (6144, 4096): (4096, 1024, 1024),
+    (28672, 4096): (14336, 14336),
+    (960, 576): (576, 192, 192),
+    (3072, 576): (1536, 1536),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +51,13 @@ class Setting:
 
 @dataclass(frozen=True, kw_only=True)
 class Instance:
-    """One copy of a layer: `call` maps x [t, n] to y [t, m], `exact` the same in float64.
+    """One copy of a layer: `call` maps x [t, n] to y [t, m] or its parts, `exact` to y in float64.
 
     `weights` is the number of weights that a call multiplies with (2 FLOPs each per token), `weight_bytes` what it
     must read of them, `middle` the width of what lies between two products.
     """
 
-    call: Callable[[torch.Tensor], torch.Tensor]
+    call: Callable[[torch.Tensor], torch.Tensor | list[torch.Tensor]]
     exact: Callable[[torch.Tensor], torch.Tensor]
     weights: int
     weight_bytes: int
@@ -86,14 +95,19 @@ def low_rank_equal_rank(s: Setting) -> Instance:
     return _low_rank(s, s.rank)
 
 
-def _two_four(s: Setting, backend: str) -> Instance:
+def two_four_weight(s: Setting, backend: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns a dense matrix with two of four weights, and the same in torch's semi-structured form."""
     from torch.sparse import SparseSemiStructuredTensorCUSPARSELT, SparseSemiStructuredTensorCUTLASS
 
     kind = SparseSemiStructuredTensorCUSPARSELT if backend == "cusparselt" else SparseSemiStructuredTensorCUTLASS
     w = s.random(s.out_features, s.in_features)
     w.view(-1, 4)[:, 2:] = 0
     w = w.view(-1, 4)[:, torch.randperm(4)].reshape(s.out_features, s.in_features).contiguous()
-    sparse = kind.from_dense(w)
+    return w, kind.from_dense(w)
+
+
+def _two_four(s: Setting, backend: str) -> Instance:
+    w, sparse = two_four_weight(s, backend)
     return Instance(
         call=lambda x: linear(x, sparse),
         exact=lambda x: x.double() @ w.double().T,
@@ -111,7 +125,7 @@ def two_four_cutlass(s: Setting) -> Instance:
     return _two_four(s, "cutlass")
 
 
-def _pivot_layer(s: Setting, *, index: bool) -> PivotLayer:
+def pivot_layer(s: Setting, *, index: bool) -> PivotLayer:
     order = torch.randperm(s.out_features, device=s.device).to(torch.int32)
     return PivotLayer(
         pivot_weight=s.random(s.rank, s.in_features),
@@ -135,7 +149,7 @@ def _pivot(s: Setting, layer: PivotLayer, call: Callable[[torch.Tensor], torch.T
 
 def pifa_research(s: Setting) -> Instance:
     """Two products and two index copies into a fresh output, as the paper's code does it."""
-    layer = _pivot_layer(s, index=True)
+    layer = pivot_layer(s, index=True)
     assert layer.index is not None
     inverse = torch.argsort(layer.index.long())
     pivots, others = inverse[: s.rank], inverse[s.rank :]
@@ -152,7 +166,7 @@ def pifa_research(s: Setting) -> Instance:
 
 def pifa_plain(s: Setting) -> Instance:
     """The operator's reference: two products, a concatenation and a gather."""
-    layer = _pivot_layer(s, index=True)
+    layer = pivot_layer(s, index=True)
     index = layer.index
 
     def call(x: torch.Tensor) -> torch.Tensor:
@@ -165,7 +179,7 @@ def pifa_plain(s: Setting) -> Instance:
 def _pifa_kernels(s: Setting, path: KernelPath, *, index: bool) -> Instance:
     if s.kernels is None:
         raise RuntimeError("no kernel library")
-    kernels, layer = s.kernels, _pivot_layer(s, index=index)
+    kernels, layer = s.kernels, pivot_layer(s, index=index)
     kernels.prepare(layer.problem(1), path)
     return _pivot(s, layer, lambda x: cuda_kernels.apply(kernels, layer, x, path))
 
@@ -186,7 +200,27 @@ def pifa_gemm(s: Setting) -> Instance:
     return _pifa_kernels(s, KernelPath.GEMM, index=False)
 
 
+def pifa_decode_fused(s: Setting) -> Instance:
+    """q, k and v (gate and up) as layers of their own, in one pair of launches; a layer without parts runs alone."""
+    parts = PARTS.get((s.out_features, s.in_features), (s.out_features,))
+    settings = [replace(s, out_features=m) for m in parts]
+    layers = [pivot_layer(each, index=False) for each in settings]
+    alone = [_pivot(each, layer, torch.clone) for each, layer in zip(settings, layers, strict=True)]
+    if s.kernels is None:
+        raise RuntimeError("no kernel library")
+    kernels = s.kernels
+    return Instance(
+        call=lambda x: cuda_kernels.apply_group(kernels, layers, x, KernelPath.DECODE),
+        exact=lambda x: torch.cat([each.exact(x) for each in alone], dim=-1),
+        weights=sum(each.weights for each in alone),
+        weight_bytes=sum(each.weight_bytes for each in alone),
+        middle=sum(each.middle for each in alone),
+    )
+
+
 DECODE_TOKENS = 128  # beyond, the decode kernels are not a contender
+
+FUSED = "PIFA decode, fused q·k·v and gate·up"
 
 CONTENDERS: dict[str, Callable[[Setting], Instance]] = {
     "dense": dense,
@@ -198,15 +232,19 @@ CONTENDERS: dict[str, Callable[[Setting], Instance]] = {
     "PIFA, plain operators": pifa_plain,
     "PIFA decode, index": pifa_decode_index,
     "PIFA decode": pifa_decode,
+    FUSED: pifa_decode_fused,
     "PIFA GEMM, index": pifa_gemm_index,
     "PIFA GEMM": pifa_gemm,
 }
 
 
-def contenders_for(tokens: int, density: float) -> list[str]:
+def contenders_for(tokens: int, density: float, layers: list[list[int]]) -> list[str]:
     """Returns who runs: 2:4 exists at one half only and is compared with 0.5 and 0.55, decode stops at some point."""
+    has_parts = any((m, n) in PARTS for m, n in layers)
     return [
         name
         for name in CONTENDERS
-        if (density <= 0.55 or not name.startswith("2:4")) and (tokens <= DECODE_TOKENS or "decode" not in name)
+        if (density <= 0.55 or not name.startswith("2:4"))
+        and (tokens <= DECODE_TOKENS or "decode" not in name)
+        and (has_parts or name != FUSED)
     ]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,6 +22,7 @@ from pifa_deploy.plugin_library import find_library
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # PifaDtype of pifaLinear.h
 FORMS = {"row": 0, "column": 1}  # PifaForm
 ALIGNMENT_BYTES = 16  # of both factors
+Tensors = dict[str, torch.Tensor | None]
 
 
 class KernelPath(IntEnum):
@@ -36,14 +39,9 @@ class KernelError(PifaDeployError):
 
 class _Problem(ctypes.Structure):
     _fields_ = (
-        ("dtype", ctypes.c_int32),
-        ("form", ctypes.c_int32),
-        ("tokens", ctypes.c_int64),
-        ("in_features", ctypes.c_int64),
-        ("out_features", ctypes.c_int64),
-        ("rank", ctypes.c_int64),
-        ("has_index", ctypes.c_int32),
-        ("has_bias", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("dtype", "form")),
+        *((name, ctypes.c_int64) for name in ("tokens", "in_features", "out_features", "rank")),
+        *((name, ctypes.c_int32) for name in ("has_index", "has_bias")),
     )
 
 
@@ -51,6 +49,20 @@ class _Buffers(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_void_p) for name in ("x", "pivot_weight", "coefficients", "index", "bias", "y", "workspace")
     )
+
+
+_PROBLEM, _PATH = ctypes.POINTER(_Problem), ctypes.c_int32
+_CALL = (_PROBLEM, ctypes.POINTER(_Buffers))
+_SIGNATURES: dict[str, tuple[Any, ...]] = {
+    "Check": (ctypes.c_int32, _PROBLEM, _PATH),
+    "WorkspaceBytes": (ctypes.c_int64, _PROBLEM, _PATH),
+    "ChosenPath": (ctypes.c_int32, _PROBLEM),
+    "Prepare": (ctypes.c_int32, _PROBLEM, _PATH),
+    "Enqueue": (ctypes.c_int32, *_CALL, _PATH, ctypes.c_void_p),
+    "EnqueueGroup": (ctypes.c_int32, *_CALL, ctypes.c_int32, _PATH, ctypes.c_void_p),
+    "StatusString": (ctypes.c_char_p, ctypes.c_int32),
+    "OpVersion": (ctypes.c_int32,),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,29 +99,15 @@ class Kernels:
         self.path = path
         try:
             library = ctypes.CDLL(str(path))
-            for name, result, arguments in (
-                ("Check", ctypes.c_int32, 2),
-                ("WorkspaceBytes", ctypes.c_int64, 2),
-                ("ChosenPath", ctypes.c_int32, 1),
-                ("Prepare", ctypes.c_int32, 2),
-                ("Enqueue", ctypes.c_int32, 4),
-                ("StatusString", ctypes.c_char_p, 0),
-                ("OpVersion", ctypes.c_int32, 0),
-            ):
+            for name, (result, *arguments) in _SIGNATURES.items():
                 function = getattr(library, f"pifaLinear{name}")
-                function.restype = result
-                kinds = [ctypes.POINTER(_Problem), ctypes.c_int32]
-                if name == "Enqueue":
-                    kinds = [kinds[0], ctypes.POINTER(_Buffers), kinds[1], ctypes.c_void_p]
-                function.argtypes = [ctypes.c_int32] if name == "StatusString" else kinds[:arguments]
+                function.restype, function.argtypes = result, arguments
         except (OSError, AttributeError) as error:
             raise InputRefusedError(f"{path} does not hold the PifaLinear kernels: {error}; build it here") from error
         self._library = library
         if (version := library.pifaLinearOpVersion()) != op_spec.OP_VERSION:
-            raise MisfitError(
-                f"{path} implements version {version} of {op_spec.DOMAIN}::{op_spec.OP_TYPE}, "
-                f"this program knows version {op_spec.OP_VERSION}; build the plugin of this checkout"
-            )
+            known = f"{op_spec.DOMAIN}::{op_spec.OP_TYPE}, this program knows version {op_spec.OP_VERSION}"
+            raise MisfitError(f"{path} implements version {version} of {known}; build the plugin of this checkout")
 
     def check(self, problem: KernelProblem, path: KernelPath = KernelPath.AUTO) -> str | None:
         """Returns None when `path` can compute `problem` on this machine, else the library's reason."""
@@ -128,23 +126,24 @@ class Kernels:
         """Makes what the first call would make, so that it may be captured in a CUDA graph."""
         self._failed(self._library.pifaLinearPrepare(_structure(problem), path), problem)
 
-    def enqueue(
-        self, problem: KernelProblem, buffers: dict[str, torch.Tensor | None], *, path: KernelPath, stream: int
-    ) -> None:
+    def enqueue(self, problem: KernelProblem, buffers: Tensors, *, path: KernelPath, stream: int) -> None:
         """Enqueues the layer on `stream`, a cudaStream_t.
 
-        `buffers` are x, pivot_weight, coefficients, index, bias, y and workspace: contiguous, on one device, of the
-        problem's sizes, which is not checked here.
+        `buffers` (see `PivotLayer.buffers`) are contiguous, on one device, of the problem's sizes; not checked here.
 
         Raises:
             KernelError: the library or CUDA refused; an error of the kernels themselves shows at the next synchronise.
         """
-        pointers = _Buffers(**{name: None if each is None else each.data_ptr() for name, each in buffers.items()})
-        self._failed(self._library.pifaLinearEnqueue(_structure(problem), pointers, path, stream), problem)
+        self._failed(self._library.pifaLinearEnqueue(_structure(problem), _pointers(buffers), path, stream), problem)
+
+    def enqueue_group(self, calls: Sequence[tuple[KernelProblem, Tensors]], *, path: KernelPath, stream: int) -> None:
+        """Enqueues layers that read the same x, as `enqueue` does; the decode path takes two launches for all."""
+        problems = (_Problem * len(calls))(*(_structure(problem) for problem, _ in calls))
+        buffers = (_Buffers * len(calls))(*(_pointers(each) for _, each in calls))
+        self._failed(self._library.pifaLinearEnqueueGroup(problems, buffers, len(calls), path, stream), calls[0][0])
 
     def _message(self, status: int) -> str:
-        message: bytes = self._library.pifaLinearStatusString(status)
-        return f"{message.decode()} (status {status})"
+        return f"{self._library.pifaLinearStatusString(status).decode()} (status {status})"
 
     def _checked(self, value: int, problem: KernelProblem) -> int:
         if value < 0:
@@ -157,12 +156,12 @@ class Kernels:
 
 
 def _structure(problem: KernelProblem) -> _Problem:
-    return _Problem(
-        DTYPES[problem.dtype],
-        FORMS[problem.form],
-        *(problem.tokens, problem.in_features, problem.out_features, problem.rank),
-        *(problem.index, problem.bias),
-    )
+    sizes = (problem.tokens, problem.in_features, problem.out_features, problem.rank)
+    return _Problem(DTYPES[problem.dtype], FORMS[problem.form], *sizes, problem.index, problem.bias)
+
+
+def _pointers(buffers: Tensors) -> _Buffers:
+    return _Buffers(**{name: None if each is None else each.data_ptr() for name, each in buffers.items()})
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -198,6 +197,12 @@ class PivotLayer:
             bias=self.bias is not None,
         )
 
+    def buffers(self, x: torch.Tensor, y: torch.Tensor, workspace: torch.Tensor) -> Tensors:
+        """Returns what `Kernels.enqueue` takes."""
+        index = self.index if self.index is not None and self.index.numel() else None
+        factors = {"pivot_weight": self.pivot_weight, "coefficients": self.coefficients}
+        return {"x": x, **factors, "index": index, "bias": self.bias, "y": y, "workspace": workspace}
+
     def is_served(self, x: torch.Tensor) -> bool:
         """Returns whether the kernels take these tensors as they are; x itself is copied where it has gaps."""
         constants = [self.pivot_weight, self.coefficients, *([] if self.bias is None else [self.bias])]
@@ -211,37 +216,34 @@ class PivotLayer:
 
 
 def apply(kernels: Kernels, layer: PivotLayer, x: torch.Tensor, path: KernelPath = KernelPath.AUTO) -> torch.Tensor:
-    """Runs a layer on the current stream of x's device.
+    """Runs a layer, whose tensors `is_served` accepted, on the current stream of x's device: [..., n] to [..., m]."""
+    return apply_group(kernels, [layer], x, path)[0]
 
-    Args:
-        kernels: the library.
-        layer: constants that `is_served` accepted.
-        x: [..., n]; the result is [..., m], a new tensor.
-        path: which kernels.
-    """
+
+def apply_group(
+    kernels: Kernels, layers: Sequence[PivotLayer], x: torch.Tensor, path: KernelPath = KernelPath.AUTO
+) -> list[torch.Tensor]:
+    """Runs up to eight layers in the row form that read the same x: q, k and v. Otherwise as `apply`."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    problem = layer.problem(rows.shape[0])
-    if rows.shape[1] != problem.in_features:
-        raise ValueError(f"x has {rows.shape[1]} features, expected in_features {problem.in_features}")
     if path is KernelPath.AUTO:
-        path = kernels.chosen_path(problem)
-    y = x.new_empty(*x.shape[:-1], problem.out_features)
-    workspace = torch.empty(kernels.workspace_bytes(problem, path), dtype=torch.uint8, device=x.device)
-    buffers = {
-        "x": rows,
-        "pivot_weight": layer.pivot_weight,
-        "coefficients": layer.coefficients,
-        "index": layer.index if problem.index else None,
-        "bias": layer.bias,
-        "y": y,
-        "workspace": workspace,
-    }
+        path = kernels.chosen_path(layers[0].problem(rows.shape[0]))
+    outputs, calls = [], []
+    for layer in layers:
+        problem = layer.problem(rows.shape[0])
+        if rows.shape[1] != problem.in_features:
+            raise ValueError(f"x has {rows.shape[1]} features, expected in_features {problem.in_features}")
+        outputs.append(x.new_empty(*x.shape[:-1], problem.out_features))
+        workspace = torch.empty(kernels.workspace_bytes(problem, path), dtype=torch.uint8, device=x.device)
+        calls.append((problem, layer.buffers(rows, outputs[-1], workspace)))
     on_gpu = x.device.type == "cuda"
     # A host library, as the tests have, takes host pointers and no stream.
     with torch.cuda.device(x.device) if on_gpu else contextlib.nullcontext():
         stream = torch.cuda.current_stream(x.device).cuda_stream if on_gpu else 0
-        kernels.enqueue(problem, buffers, path=path, stream=stream)
-    return y
+        if len(calls) == 1:
+            kernels.enqueue(*calls[0], path=path, stream=stream)
+        else:
+            kernels.enqueue_group(calls, path=path, stream=stream)
+    return outputs
 
 
 def _row(

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import sys
 import time
@@ -20,11 +21,16 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from pifa_deploy import op_spec
+from pifa_deploy.onnx_folder import external_files
+from pifa_deploy.onnx_passes import take_tensorrt_bodies
 from pifa_deploy.plugin_library import load_library
 from pifa_deploy.targets import RTX
 
 _PR_SET_PDEATHSIG = 1
+_PARSED = Path("parsed")  # in the working directory, gone when the engine is there
 _FUNCTION_NODE = re.compile(rf"\| ([^|\]]+) \((?:{'|'.join(op_spec.FORMS)})\)\]")
 
 
@@ -54,13 +60,14 @@ def build(spec: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     if spec["plugin_library"]:
         load_library(trt, spec["plugin_library"])
-    builder, network, parser = NetworkFromOnnxPath(spec["onnx"], strongly_typed=True)()
+    builder, network, parser = NetworkFromOnnxPath(prepared(Path(spec["onnx"]), _PARSED), strongly_typed=True)()
     described, modules = describe(network), modules_of(network)
     # Parser and builder have to outlive the build: the network refers to their memory.
     with builder, network, parser:
         engine = EngineBytesFromNetwork((builder, network), _config(spec, trt))()
         with open(spec["engine"], "wb") as file:
             file.write(engine)
+    shutil.rmtree(_PARSED)
     return {
         "version": trt.__version__,
         "network": described,
@@ -68,6 +75,21 @@ def build(spec: dict[str, Any]) -> dict[str, Any]:
         "seconds": time.perf_counter() - start,
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
+
+
+def prepared(source: Path, folder: Path) -> str:
+    """Writes the graph with the bodies that suit TensorRT into a new folder; returns the file.
+
+    Its weights are links to the files of the source: the parser reads them from beside the graph.
+    """
+    model = onnx.load(source, load_external_data=False)
+    take_tensorrt_bodies(model)
+    folder.mkdir()
+    for data in external_files(model):
+        os.symlink(source.resolve().parent / data, folder / data)
+    target = folder / source.name
+    target.write_bytes(model.SerializeToString())
+    return str(target)
 
 
 def describe(network: Any) -> dict[str, Any]:

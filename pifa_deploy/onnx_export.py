@@ -99,9 +99,13 @@ def export_checkpoint(checkpoint: Path | str, target: Path | str, options: Expor
         save_graph(graph, folder)
         tokenizer = save_tokenizer(checkpoint, folder)
         model.config.save_pretrained(folder)
-        content = {"modules": _modules(model, graph), "sparsity": _sparsity(checkpoint, graph)}
-        content["left_dense"] = left_dense
-        content |= {"source_sha256": _source_hash(checkpoint)} | _manifest(model, folder, options)
+        content = {
+            "modules": _modules(model, graph),
+            "left_dense": left_dense,
+            "sparsity": _sparsity(checkpoint, graph),
+            "source_sha256": _source_hash(checkpoint),
+            **_manifest(model, folder, options),
+        }
         write_json(folder / MANIFEST_FILE, content)
         onnx_passes.check(str(folder / MODEL_FILE))
         return ExportSummary(

@@ -21,8 +21,10 @@ OPSET = 18
 _FOLD_LIMIT = 1024
 # ONNX's way to say: to the end.
 _LAST = 2**63 - 1
-# PifaLinear moves weights in a file of smaller layers than this, and outputs in one of larger: the first costs r^2
-# multiplications a token more, the second copies all outputs three times (docs/layouts.md has the measurements).
+# What PifaLinear's body moves by its index, each the fastest somewhere (docs/layouts.md has the measurements). On a CPU
+# the weights, where layers are small, for r^2 multiplications a token more; rows of the transposed outputs from about
+# `LARGE` outputs on. In TensorRT the outputs: it fuses that into what follows, and would move weights in every run.
+MOVES = ("weights", "rows", "outputs")
 LARGE = 2048
 
 
@@ -78,17 +80,17 @@ class _Body:
         return self.emit("MatMul", output, [x, self.emit("Transpose", f"{weight.name}_t", [weight], perm=[1, 0])])
 
 
-def function_body(op_type: str, *, bias: bool, large: bool = False) -> ir.Function:
+def function_body(op_type: str, *, bias: bool, moves: str = "weights") -> ir.Function:
     """Returns the plain-op body of an operator that any ONNX runtime can run.
 
     Args:
         op_type: one of `op_spec.FORMS`.
         bias: whether the operator has its optional bias input.
-        large: whether PifaLinear moves outputs and not weights, see `LARGE`.
+        moves: what PifaLinear moves by its index, one of `MOVES`.
     """
     body = _Body(op_type, bias=bias)
     write = {
-        op_spec.OP_TYPE: _moved_outputs if large else _moved_weights,
+        op_spec.OP_TYPE: {"weights": _moved_weights, "rows": _moved_rows, "outputs": _moved_outputs}[moves],
         op_spec.ORDERED_OP_TYPE: _ordered_rows,
         op_spec.COLUMN_OP_TYPE: _columns,
     }
@@ -114,7 +116,12 @@ def _moved_weights(body: _Body) -> ir.Value:
 
 
 def _moved_outputs(body: _Body) -> ir.Value:
-    """Emits concat(y_p, y_np) with its elements moved: as rows of the transpose, since a Gather copies whole rows."""
+    """Emits concat(y_p, y_np) with its elements moved."""
+    return body.emit("Gather", "y_moved", [_ordered_rows(body), body.inputs[op_spec.INDEX_INPUT]], axis=-1)
+
+
+def _moved_rows(body: _Body) -> ir.Value:
+    """Emits the same through its transpose, of which a Gather copies whole rows."""
     index = body.inputs[op_spec.INDEX_INPUT]
     flat = body.emit("Flatten", "y_flat", [_ordered_rows(body)], axis=-1)
     turned = body.emit("Transpose", "y_turned", [flat], perm=[1, 0])
@@ -150,14 +157,23 @@ def pifa_nodes(model: ir.Model) -> list[ir.Node]:
 def attach_function_bodies(model: ir.Model) -> None:
     """Gives the model the function body of each PIFA operator in it."""
     moved = [node.attributes["out_features"].as_int() for node in pifa_nodes(model) if node.op_type == op_spec.OP_TYPE]
-    large = bool(moved) and statistics.median(moved) >= LARGE
+    moves = "rows" if moved and statistics.median(moved) >= LARGE else "weights"
     biased = {
         node.op_type: len(node.inputs) > len(op_spec.inputs_of(node.op_type, bias=False)) for node in pifa_nodes(model)
     }
     for op_type, bias in biased.items():
-        body = function_body(op_type, bias=bias, large=large)
+        body = function_body(op_type, bias=bias, moves=moves)
         model.functions[body.identifier()] = body
         model.graph.opset_imports[op_spec.DOMAIN] = op_spec.OP_VERSION
+
+
+def take_tensorrt_bodies(model: onnx.ModelProto) -> None:
+    """Replaces, in place, the bodies in a file by those that suit TensorRT."""
+    for function in model.functions:
+        if (function.domain, function.name) == (op_spec.DOMAIN, op_spec.OP_TYPE):
+            bias = op_spec.OPTIONAL_INPUT in function.input
+            body = function_body(op_spec.OP_TYPE, bias=bias, moves="outputs")
+            function.CopyFrom(ir.serde.serialize_function(body))
 
 
 def expand_to_plain_ops(model: ir.Model) -> None:

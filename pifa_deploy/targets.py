@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pifa_deploy.datasheets import DATASHEETS, Datasheet
 from pifa_deploy.errors import MisfitError
 
 RTX = "tensorrt-rtx"
@@ -38,11 +39,13 @@ class Target:
         name: what `--target` takes.
         title: product name.
         compute_capability: "major.minor".
+        datasheet: memory, bandwidth and peak rates, as far as NVIDIA publishes them.
     """
 
     name: str
     title: str
     compute_capability: str
+    datasheet: Datasheet
 
     @property
     def flavours(self) -> tuple[str, ...]:
@@ -61,12 +64,15 @@ class LocalGpu:
 
 
 def _targets(*rows: tuple[str, str, str]) -> dict[str, Target]:
-    return {name: Target(name=name, title=title, compute_capability=capability) for name, title, capability in rows}
+    return {
+        name: Target(name=name, title=title, compute_capability=capability, datasheet=DATASHEETS[name])
+        for name, title, capability in rows
+    }
 
 
 TARGETS = _targets(
     ("xavier-nx", "Jetson Xavier NX", "7.2"),
-    ("xavier-agx", "Jetson AGX Xavier", "7.2"),
+    ("xavier-agx", "Jetson AGX Xavier 32GB", "7.2"),
     ("orin-nano", "Jetson Orin Nano 8GB (Super mode)", "8.7"),
     ("orin-nx", "Jetson Orin NX 16GB", "8.7"),
     ("orin-agx", "Jetson AGX Orin 64GB", "8.7"),
@@ -82,6 +88,12 @@ TARGETS = _targets(
     ("rtx5070", "GeForce RTX 5070", "12.0"),
     ("rtx5080", "GeForce RTX 5080", "12.0"),
     ("rtx5090", "GeForce RTX 5090", "12.0"),
+    ("rtx2080-laptop", "GeForce RTX 2080 laptop", "7.5"),
+    ("rtx3080-laptop", "GeForce RTX 3080 laptop 16GB", "8.6"),
+    ("rtx4060-laptop", "GeForce RTX 4060 laptop", "8.9"),
+    ("rtx4090-laptop", "GeForce RTX 4090 laptop", "8.9"),
+    ("rtx5070-laptop", "GeForce RTX 5070 laptop", "12.0"),
+    ("rtx5090-laptop", "GeForce RTX 5090 laptop", "12.0"),
     ("a2", "A2", "8.6"),
     ("l4", "L4", "8.9"),
     ("a6000", "RTX A6000", "8.6"),
@@ -97,8 +109,14 @@ def backends_for(compute_capability: str) -> tuple[str, ...]:
     return tuple(backend for backend in BACKENDS if compute_capability in SERVED[backend])
 
 
-def targets_named(names: Iterable[str]) -> tuple[Target, ...]:
+def targets_named(
+    names: Iterable[str], *, otherwise: str = " Or give --compute-capabilities, such as 8.6"
+) -> tuple[Target, ...]:
     """Returns the targets of these names; case, spaces, hyphens and underscores do not matter.
+
+    Args:
+        names: what users wrote.
+        otherwise: end of the message about an unknown name.
 
     Raises:
         ValueError: a name is unknown; the message lists near matches.
@@ -109,7 +127,7 @@ def targets_named(names: Iterable[str]) -> tuple[Target, ...]:
         if _key(name) not in by_key:
             near = [by_key[key].name for key in difflib.get_close_matches(_key(name), by_key, n=4, cutoff=0.5)]
             listed = f"did you mean {', '.join(near)}?" if near else f"known targets: {', '.join(TARGETS)}"
-            raise ValueError(f"target {name!r} is unknown; {listed} Or give --compute-capabilities, such as 8.6")
+            raise ValueError(f"target {name!r} is unknown; {listed}{otherwise}")
         found.append(by_key[_key(name)])
     return tuple(found)
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 
+import pytest
 import torch
 
 from pifa_deploy.cuda_kernels import KernelPath, Kernels, PivotLayer
@@ -12,6 +17,37 @@ ODD_SIZES = (1, 7, 8, 15, 16, 17, 31, 33, 576, 1536)
 POISON = float("nan")
 WORKSPACE_POISON = 1 << 20
 GUARD = 64  # elements on either side of y that nobody may touch
+
+
+PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
+SHARED = ("-fPIC", "-shared", "-fvisibility=hidden")
+
+
+def cuda_headers() -> Path | None:
+    nvcc = shutil.which("nvcc")
+    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), *Path("/usr/local").glob("cuda-*")]
+    if nvcc:
+        folders.insert(0, Path(nvcc).resolve().parents[1])
+    return next((folder / "include" for folder in folders if (folder / "include" / "cuda_fp16.h").is_file()), None)
+
+
+def compile_host(output: Path, *sources: str, flags: tuple[str, ...] = SHARED) -> Path:
+    """Compiles files of plugins/ with g++, or skips with what is missing."""
+    headers, compiler = cuda_headers(), shutil.which("g++")
+    if headers is None or compiler is None:
+        pytest.skip("the host twins of the kernels are compiled with g++ and cuda_fp16.h; install the CUDA toolkit")
+    always = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-isystem", str(headers), "-x", "c++"]
+    files = [str(PLUGINS / source) for source in sources]
+    command = [compiler, *always, *flags, *files, "-ldl", "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def host_kernels(folder: Path) -> Kernels:
+    """Returns the host twins, compiled once into `folder`."""
+    library = folder / "libpifa_kernels_host.so"
+    return Kernels(library if library.is_file() else compile_host(library, "tests/kernelsHost.cpp"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,22 +131,30 @@ def run_guarded(
     kernels: Kernels, layer: PivotLayer, x: torch.Tensor, path: KernelPath, stream: int = 0
 ) -> tuple[torch.Tensor, bool]:
     """Runs a layer into poisoned memory; returns y and whether everything around y and the workspace is as it was."""
-    problem = layer.problem(x.shape[0])
-    elements = x.shape[0] * problem.out_features
-    around = torch.full((elements + 2 * GUARD,), POISON, dtype=x.dtype, device=x.device)
-    y = around[GUARD : GUARD + elements].view(x.shape[0], problem.out_features)
-    size = kernels.workspace_bytes(problem, path)
-    workspace = torch.empty(size + GUARD, dtype=torch.uint8, device=x.device)
-    workspace[-(GUARD + WORKSPACE_POISON) :] = 0xFF  # NaN in every dtype; what is staged lies at the end
-    buffers = {
-        "x": x,
-        "pivot_weight": layer.pivot_weight,
-        "coefficients": layer.coefficients,
-        "index": layer.index,
-        "bias": layer.bias,
-        "y": y,
-        "workspace": workspace,
-    }
-    kernels.enqueue(problem, buffers, path=path, stream=stream)
-    untouched = bool(around[:GUARD].isnan().all()) and bool(around[GUARD + elements :].isnan().all())
-    return y, untouched and bool((workspace[size:] == 0xFF).all())
+    (y,), untouched = run_group_guarded(kernels, [layer], x, path, stream)
+    return y, untouched
+
+
+def run_group_guarded(
+    kernels: Kernels, layers: list[PivotLayer], x: torch.Tensor, path: KernelPath, stream: int = 0
+) -> tuple[list[torch.Tensor], bool]:
+    """The same for layers that read one x, in one call."""
+    calls, outputs, guards, bounds = [], [], [], []
+    for layer in layers:
+        problem = layer.problem(x.shape[0])
+        elements = x.shape[0] * problem.out_features
+        around = torch.full((elements + 2 * GUARD,), POISON, dtype=x.dtype, device=x.device)
+        y = around[GUARD : GUARD + elements].view(x.shape[0], problem.out_features)
+        size = kernels.workspace_bytes(problem, path)
+        workspace = torch.empty(size + GUARD, dtype=torch.uint8, device=x.device)
+        workspace[-(GUARD + WORKSPACE_POISON) :] = 0xFF  # NaN in every dtype; what is staged lies at the end
+        calls.append((problem, layer.buffers(x, y, workspace)))
+        outputs.append(y)
+        guards += [around[:GUARD], around[GUARD + elements :]]
+        bounds.append(workspace[size:])
+    if len(calls) == 1:
+        kernels.enqueue(*calls[0], path=path, stream=stream)
+    else:
+        kernels.enqueue_group(calls, path=path, stream=stream)
+    untouched = all(bool(each.isnan().all()) for each in guards)
+    return outputs, untouched and all(bool((each == 0xFF).all()) for each in bounds)

@@ -537,6 +537,11 @@ def test_an_output_is_replaced_only_on_request_and_by_a_whole_one(
         ({"format": "zip"}, "format is 'zip', expected one of"),
         ({"dtype": "int8"}, "dtype is 'int8', expected one of"),
         ({"rank_multiple": 0}, "rank_multiple is 0, expected at least 1"),
+        ({"layout": "best"}, "layout is 'best', expected one of"),
+        (
+            {"reconstruction": ReconstructionOptions(ridge=0.5)},
+            "method svd has no reconstruction; leave out --dense-share",
+        ),
     ],
     ids=str,
 )

@@ -289,7 +289,7 @@ def graph_of(folder: Path) -> Callable[[Any], Any]:
 
     from pifa_deploy import onnx_passes
 
-    onnx_passes.register_op_schema()
+    onnx_passes.register_op_schemas()
     return lambda model: ir.load(folder / "model.onnx")
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from kernel_fixtures import POISON, Case, random_layer, run_guarded, worst_error
+from kernel_fixtures import POISON, Case, random_layer, run_group_guarded, run_guarded, worst_error
 
 from pifa_deploy import cuda_kernels
 from pifa_deploy.cuda_kernels import KernelPath, Kernels, PivotLayer
@@ -85,6 +85,44 @@ def test_a_layer_of_a_real_model_is_the_same_every_time(kernels: Kernels, path: 
         again, untouched = run_guarded(kernels, layer, x, path, this_stream())
         assert torch.equal(first, again)
         assert untouched
+
+
+def layers_of_one_x(tokens: int, dtype: torch.dtype) -> tuple[list[PivotLayer], torch.Tensor]:
+    """q, k and v of a LLaMA-3-8B, the last without an index."""
+    common = {"in_features": 4096, "tokens": tokens, "dtype": dtype, "form": "row", "path": KernelPath.DECODE}
+    sizes = ((4096, 1200), (1024, 512), (1024, 520))
+    cases = [Case(**common, out_features=m, rank=r, index=r != 520, bias=r > 512) for m, r in sizes]  # type: ignore[arg-type]
+    made = [random_layer(case, seed, "cuda") for seed, case in enumerate(cases)]
+    return [layer for layer, _ in made], made[0][1]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8, 17])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_of_one_x_give_in_one_call_what_each_gives_alone(
+    kernels: Kernels, dtype: torch.dtype, tokens: int, path: KernelPath
+) -> None:
+    layers, x = layers_of_one_x(tokens, dtype)
+    alone = [cuda_kernels.apply(kernels, layer, x, path) for layer in layers]
+    for _ in range(20):
+        together, untouched = run_group_guarded(kernels, layers, x, path, this_stream())
+        assert untouched
+        assert all(torch.equal(y, expected) for y, expected in zip(together, alone, strict=True))
+    assert all(worst_error(layer, x, y) <= 2 for layer, y in zip(layers, alone, strict=True))
+
+
+def test_a_graph_of_groups_replays_what_the_stream_gives(kernels: Kernels) -> None:
+    layers, x = layers_of_one_x(1, torch.bfloat16)
+    eager = cuda_kernels.apply_group(kernels, layers, x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [y for _ in range(8) for y in cuda_kernels.apply_group(kernels, layers, x)]
+    for _ in range(20):
+        for output in outputs:
+            output.fill_(POISON)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(output, eager[i % 3]) for i, output in enumerate(outputs))
 
 
 @pytest.mark.parametrize("index", [False, True])

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,47 +16,32 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_fixtures import ODD_SIZES, Case, expected_and_bound, random_layer, run_guarded, worst_error
+from kernel_fixtures import (
+    ODD_SIZES,
+    PLUGINS,
+    Case,
+    compile_host,
+    expected_and_bound,
+    host_kernels,
+    random_layer,
+    run_group_guarded,
+    run_guarded,
+    worst_error,
+)
 
 from pifa_deploy import cuda_kernels
 from pifa_deploy.cuda_kernels import KernelError, KernelPath, KernelProblem, Kernels, PivotLayer
 from pifa_deploy.errors import InputRefusedError
 from pifa_deploy.linear import PifaLinear
 
-PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PATHS = (KernelPath.DECODE, KernelPath.GEMM)
 MAX_GRID = 1 << 22
 
 
-def cuda_headers() -> Path | None:
-    nvcc = shutil.which("nvcc")
-    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")), *Path("/usr/local").glob("cuda-*")]
-    if nvcc:
-        folders.insert(0, Path(nvcc).resolve().parents[1])
-    return next((folder / "include" for folder in folders if (folder / "include" / "cuda_fp16.h").is_file()), None)
-
-
-def compile_host(output: Path, *sources: str, flags: tuple[str, ...]) -> Path:
-    """Compiles files of plugins/ with g++, or skips with what is missing."""
-    headers, compiler = cuda_headers(), shutil.which("g++")
-    if headers is None or compiler is None:
-        pytest.skip("the host twins of the kernels are compiled with g++ and cuda_fp16.h; install the CUDA toolkit")
-    always = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-isystem", str(headers), "-x", "c++"]
-    files = [str(PLUGINS / source) for source in sources]
-    command = [compiler, *always, *flags, *files, "-ldl", "-o", str(output)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return output
-
-
-SHARED = ("-fPIC", "-shared", "-fvisibility=hidden")
-
-
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> Kernels:
-    library = tmp_path_factory.mktemp("kernels") / "libpifa_kernels_host.so"
-    return Kernels(compile_host(library, "tests/kernelsHost.cpp", flags=SHARED))
+    return host_kernels(tmp_path_factory.getbasetemp())
 
 
 def sampled_cases(sizes: tuple[int, ...], tokens: tuple[int, ...], count: int) -> Iterator[Case]:
@@ -182,6 +167,88 @@ def test_no_tokens_are_no_work(kernels: Kernels, path: KernelPath) -> None:
     y, untouched = run_guarded(kernels, layer, x[:0], path)
     assert y.shape == (0, 12)
     assert untouched
+
+
+def launches(kernels: Kernels) -> int:
+    """Launches of the decode kernel since the last question."""
+    return int(ctypes.CDLL(str(kernels.path)).pifaTestLaunches())
+
+
+# out_features, rank and whether there is an index, for layers of one x.
+GROUPS = (
+    ((576, 168, True), (192, 64, True), (192, 64, False)),
+    ((1536, 200, False), (1536, 200, True)),
+    ((40, 40, True),),
+    tuple((8 * m, 8, m % 2 == 0) for m in range(1, 9)),
+)
+
+
+@pytest.mark.parametrize("path", [*PATHS, KernelPath.AUTO])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_of_one_x_share_their_launches_and_give_what_each_gives_alone(
+    kernels: Kernels, dtype: torch.dtype, path: KernelPath
+) -> None:
+    for number, (group, tokens) in enumerate(zip(GROUPS, (1, 2, 4, 9), strict=True)):
+        layers, xs = group_of(group, dtype, tokens, in_features=576 if number < 2 else 40)
+        alone = [cuda_kernels.apply(kernels, layer, xs[0], path) for layer in layers]
+        launches(kernels)
+        together, untouched = run_group_guarded(kernels, layers, xs[0], path)
+        gemm = path is KernelPath.GEMM or (path is KernelPath.AUTO and tokens > 8 and dtype != torch.float32)
+        assert launches(kernels) == (0 if gemm else 2)
+        assert untouched
+        for layer, y, expected in zip(layers, together, alone, strict=True):
+            assert worst_error(layer, xs[0], y) <= 2
+            # The number of rows that a thread holds depends on the launch; the order of a sum does not.
+            assert torch.equal(y, expected)
+
+
+def group_of(
+    group: tuple[tuple[int, int, bool], ...], dtype: torch.dtype, tokens: int, in_features: int
+) -> tuple[list[PivotLayer], list[torch.Tensor]]:
+    made = [
+        random_layer(
+            Case(
+                dtype=dtype,
+                form="row",
+                tokens=tokens,
+                in_features=in_features,
+                out_features=m,
+                rank=rank,
+                index=index,
+                bias=number % 2 == 0,
+                path=KernelPath.DECODE,
+            ),
+            number,
+            "cpu",
+        )
+        for number, (m, rank, index) in enumerate(group)
+    ]
+    return [layer for layer, _ in made], [x for _, x in made]
+
+
+def test_a_group_with_an_odd_rank_or_without_tokens_is_right_too(kernels: Kernels) -> None:
+    layers, (x, *_) = group_of(((33, 7, True), (40, 16, False)), torch.float16, 3, 576)
+    launches(kernels)
+    for layer, y in zip(layers, cuda_kernels.apply_group(kernels, layers, x, KernelPath.DECODE), strict=True):
+        assert worst_error(layer, x, y) <= 2
+    assert launches(kernels) == 4
+    assert [y.shape for y in cuda_kernels.apply_group(kernels, layers, x[:0])] == [(0, 33), (0, 40)]
+
+
+def test_a_group_that_is_none_is_refused(kernels: Kernels) -> None:
+    layers, (x, *_) = group_of(((16, 8, False),) * 9, torch.float32, 2, 32)
+    assert len(cuda_kernels.apply_group(kernels, layers[:8], x)) == 8
+    with pytest.raises(KernelError, match="a size is out of range"):
+        cuda_kernels.apply_group(kernels, layers, x)
+    (other,), _ = group_of(((16, 8, False),), torch.float32, 2, 40)
+    with pytest.raises(ValueError, match="x has 32 features, expected in_features 40"):
+        cuda_kernels.apply_group(kernels, [layers[0], other], x)
+    (half,), _ = group_of(((16, 8, False),), torch.float16, 2, 32)
+    with pytest.raises(KernelError, match="a size is out of range"):
+        cuda_kernels.apply_group(kernels, [layers[0], half], x, KernelPath.DECODE)
+    column, _ = small_layer(form="column")
+    with pytest.raises(KernelError, match="this path does not serve this problem"):
+        cuda_kernels.apply_group(kernels, [column, column], torch.randn(3, 12), KernelPath.DECODE)
 
 
 def problem(**changes: int | str | bool) -> KernelProblem:
@@ -380,7 +447,8 @@ def test_x_of_another_width_is_refused(kernels: Kernels) -> None:
 
 
 def test_the_benchmark_checks_and_times_every_contender_that_runs_here(kernels: Kernels, tmp_path: Path) -> None:
-    entry = {"name": "small", "layers": [[96, 80], [80, 96]]}
+    # The second layer is q, k and v of SmolLM2, stacked.
+    entry = {"name": "small", "layers": [[96, 80], [960, 576]]}
     (tmp_path / "shapes.json").write_text(json.dumps({"entries": [entry], "densities": [0.7], "tokens": [1, 9]}))
     program = [sys.executable, str(PLUGINS.parent / "perf" / "bench_linear.py"), "--device", "cpu", "--rounds", "2"]
     options = ["--shapes", str(tmp_path / "shapes.json"), "--library", str(kernels.path), "--out", str(tmp_path)]
@@ -389,15 +457,18 @@ def test_the_benchmark_checks_and_times_every_contender_that_runs_here(kernels: 
     report = json.loads((tmp_path / "bench_linear.json").read_text())
     assert [(result["tokens"], result["density"]) for result in report["results"]] == [(1, 0.7), (9, 0.7)]
     for result in report["results"]:
-        assert len(result["rows"]) == 9
+        assert len(result["rows"]) == 10
         assert all(row["median_us"] > 0 for row in result["rows"].values()), result["rows"]
     assert "| small | 0.7 | 9 |" in done.stdout
+    plotted = importlib.util.find_spec("matplotlib") is not None
+    assert (tmp_path / "bench_linear.png").is_file() == plotted
+    assert ("plots: bench_linear.png" if plotted else "no plots: matplotlib is not installed") in done.stdout
 
 
 @pytest.mark.slow
 def test_twins_and_cublaslt_calls_are_clean_under_address_and_undefined_behaviour_sanitizers(tmp_path: Path) -> None:
     # The real calls go into a cuBLASLt on the CPU, which refuses layouts and alignments that do not fit.
-    compile_host(tmp_path / "libcublasLt.so.13", "tests/cublasLtFake.cpp", flags=SHARED)
+    compile_host(tmp_path / "libcublasLt.so.13", "tests/cublasLtFake.cpp")
     program = compile_host(
         tmp_path / "twins",
         *("tests/kernelsSanitizer.cu", "tests/kernelsHost.cpp", "tests/kernelsHostMemory.cpp"),

@@ -154,7 +154,7 @@ class TestNodes:
     @pytest.mark.parametrize(
         ("name", "value", "message"),
         [
-            ("form", "diagonal", "form is 'diagonal', expected one of ('row',)"),
+            ("form", "diagonal", "form is 'diagonal', expected 'row' of PifaLinear"),
             ("form", None, "form is None"),
             ("plugin_namespace", None, "plugin_namespace is None, expected 'pifa'"),
             ("plugin_namespace", "", "plugin_namespace is ''"),

@@ -115,13 +115,23 @@ class TestFunctionBody:
         monkeypatch.setattr(onnx_passes, "LARGE", 1)
         self.check(case, dtype, bias, plain=False)
 
-    def check(self, case: str, dtype: str, bias: bool, *, plain: bool) -> None:
+    def test_of_tensorrt_is_the_dense_product(self, case: str, dtype: str, bias: bool) -> None:
+        self.check(case, dtype, bias, plain=False, tensorrt=True)
+
+    def check(self, case: str, dtype: str, bias: bool, *, plain: bool, tensorrt: bool = False) -> None:
         numpy_dtype, onnx_dtype = DTYPES[dtype]
         weights = operands(case, numpy_dtype, bias=bias)
         m, n, pivots = {**CASES, **COLUMNS}[case]
         for dims in (1, 2, 3):
             model = one_node_model(case, weights, onnx_dtype, dims)
             onnx_passes.attach_function_bodies(model)
+            if tensorrt:
+                proto = ir.to_proto(model)
+                onnx_passes.take_tensorrt_bodies(proto)
+                assert [len(found.node) for found in proto.functions] == [
+                    {"PifaLinear": 6, "PifaOrderedLinear": 5, "PifaColumnLinear": 11}[operator_of(case)] + bias
+                ]
+                model = ir.from_proto(proto)
             if plain:
                 onnx_passes.expand_to_plain_ops(model)
                 assert not model.functions

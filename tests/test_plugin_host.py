@@ -15,7 +15,8 @@ pytest_plugins = ("plugin_fixtures",)
 @pytest.fixture(scope="module")
 def host(plugin_build: Path) -> Path:
     """plugins/tests/host.cpp, and the plugin before made-up kernels, both with address and undefined sanitizers."""
-    command = ["cmake", "--build", str(plugin_build), "--target", "host", "fake_plugin"]
+    command = ["cmake", "--build", str(plugin_build), "--target", "host", "fake_plugin", "twin_plugin"]
+    command.append("host_on_twins")
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return plugin_build / "tests" / "host"
@@ -55,3 +56,20 @@ def test_the_library_with_its_own_kernels_answers_the_same_while_building(host: 
     assert checks > 400_000
     assert shapes > 1000
     assert "run phase" not in said
+
+
+def test_the_mode_for_a_gpu_holds_with_host_twins_behind_the_plugin(host: Path) -> None:
+    # The same program on a GPU adds graphs, which have no stand-in here.
+    command = [host.parent / "host_on_twins", host.parent / "libtwin_plugin.so", "--cuda"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = re.match(r"(\d+) checks of enqueue over 49 layers, 0 graph replays", done.stdout)
+    assert found, done.stdout
+    assert int(found[1]) > 4000
+
+
+def test_without_that_mode_the_program_says_so(host: Path) -> None:
+    library = host.parent / "libfake_plugin.so"
+    done = subprocess.run([host, library, "--cuda"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "compiled without PIFA_HOST_CUDA" in done.stderr

@@ -229,6 +229,7 @@ def test_inputs_that_are_no_multiple_of_four_name_the_linear(tmp_path: Path) -> 
         ({"layer_density": "owl"}, "layer_density is 'owl', method wanda prunes all linears alike; leave it out"),
         ({"attention_density": 0.5}, "attention_density is 0.5, method wanda prunes all linears alike"),
         ({"rank_multiple": 8}, "rank_multiple is 8, method wanda prunes all linears alike"),
+        ({"format": "lowrank"}, "format is 'lowrank', method wanda prunes all linears alike; leave it out"),
         ({"calibration": ()}, "method wanda needs calibration text; pass --calibration FILE"),
     ],
     ids=str,

@@ -398,10 +398,11 @@ def test_damaged_ranks_are_refused_and_nothing_is_lost(
     good = ranks.read_bytes()
     for bad in (b"{", b"[]", b'{"ranks": {}}', b'{"layer_densities": {"first": 1}}'):
         ranks.write_bytes(bad)
-        before = content(tmp_path)
+        before = content(tmp_path / ".out.resume")
         with pytest.raises(InputRefusedError, match=r"allocation\.json: damaged \(.*\); pass --restart to begin anew"):
             compress_model(source, tmp_path / "out", chosen)
-        assert content(tmp_path) == before
+        assert content(tmp_path / ".out.resume") == before
+        assert not (tmp_path / "out").exists()
     ranks.write_bytes(good)
     compress_model(source, tmp_path / "out", chosen)
     assert content(tmp_path) == whole("owl")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from pifa_deploy import targets
+from pifa_deploy.datasheets import DATASHEETS, Datasheet
 from pifa_deploy.errors import ExitCode, MisfitError
 from pifa_deploy.targets import RTX, TARGETS, TENSORRT, LocalGpu, capabilities, local_gpus, targets_named
 
@@ -85,6 +86,67 @@ def test_a_target_that_nobody_serves_is_refused_by_both() -> None:
 def test_a_capability_nobody_has_heard_of_is_a_misfit() -> None:
     with pytest.raises(MisfitError, match=r"^compute capability 8\.8, which tensorrt-rtx does not serve"):
         capabilities((), ["8.8"])
+
+
+def test_every_target_has_a_datasheet_and_every_figure_a_document() -> None:
+    assert set(DATASHEETS) == set(TARGETS)
+    for target in TARGETS.values():
+        figures = [figure for figure in vars(target.datasheet).values() if figure is not None]
+        assert target.datasheet.memory_gb
+        assert all(figure.value > 0 and figure.source.startswith("NVIDIA ") for figure in figures), target.name
+        assert not any(word in figure.source for figure in figures for word in ("/work", "http", "~"))
+
+
+def test_a_datasheet_says_where_its_figures_stand() -> None:
+    found = TARGETS["rtx4090"].datasheet.to_json()
+    assert found["bandwidth_gb_s"] == {
+        "value": 1008,
+        "source": "NVIDIA Ada GPU Architecture whitepaper v2.1, appendix A",
+    }
+    assert Datasheet().to_json()["memory_gb"] is None
+
+
+# Streaming multiprocessors, boost clock in GHz and tensor FLOPs of one in a clock, from the same documents.
+@pytest.mark.parametrize(
+    ("name", "units", "clock", "rate", "cores"),
+    [
+        ("xavier-agx", 8, 1.377, 1024, 64),
+        ("orin-nano", 8, 1.02, 2048, 128),
+        ("orin-nx", 8, 0.918, 2048, 128),
+        ("orin-agx", 16, 1.3, 2048, 128),
+        ("thor", 20, 1.575, 8192, 128),
+        ("rtx2080ti", 68, 1.545, 512, 64),
+        ("rtx3060", 28, 1.777, 512, 128),
+        ("rtx3080", 68, 1.71, 512, 128),
+        ("rtx3090", 82, 1.695, 512, 128),
+        ("rtx4060", 24, 2.46, 512, 128),
+        ("rtx4070", 46, 2.475, 512, 128),
+        ("rtx4090", 128, 2.52, 512, 128),
+        ("rtx5070", 48, 2.512, 512, 128),
+        ("rtx5080", 84, 2.617, 512, 128),
+        ("rtx5090", 170, 2.407, 512, 128),
+        ("a2", 10, 1.77, 1024, 128),
+        ("l4", 58, 2.04, 1024, 128),
+        ("a6000", 84, 1.8, 1024, 128),
+        ("a100", 108, 1.41, 2048, 64),
+    ],
+)
+def test_published_rates_are_those_of_the_units_and_their_clock(
+    name: str, units: int, clock: float, rate: int, cores: int
+) -> None:
+    sheet = TARGETS[name].datasheet
+    assert sheet.tensor_tflops
+    assert sheet.fp32_tflops
+    assert sheet.tensor_tflops.value == pytest.approx(units * clock * rate / 1e3, rel=0.025)
+    assert sheet.fp32_tflops.value == pytest.approx(2 * units * clock * cores / 1e3, rel=0.015)
+
+
+@pytest.mark.parametrize("name", sorted(TARGETS))
+def test_sparse_rates_are_twice_dense_ones_and_start_with_ampere(name: str) -> None:
+    sheet, capability = TARGETS[name].datasheet, float(TARGETS[name].compute_capability)
+    assert (sheet.sparse_tflops is None) == (sheet.tensor_tflops is None or capability < 8)
+    if sheet.sparse_tflops and sheet.tensor_tflops:
+        assert sheet.sparse_tflops.value == pytest.approx(2 * sheet.tensor_tflops.value, rel=0.005)
 
 
 def _smi(monkeypatch: pytest.MonkeyPatch, answer: str | Exception) -> None:

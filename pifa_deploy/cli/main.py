@@ -31,6 +31,7 @@ _COMMANDS = {
     "verify": ("check", "Compare an ONNX folder with its PyTorch checkpoint."),
     "evaluate": ("check", "Perplexity of checkpoints on a text."),
     "generate": ("check", "Continue a prompt through ONNX Runtime."),
+    "advise": ("advise", "Bound what a GPU can gain, from its datasheet."),
     "demo": ("demo", "Run the whole flow on a real model."),
 }
 

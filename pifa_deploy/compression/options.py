@@ -49,7 +49,7 @@ class CompressOptions:
         method: "svd" (plain truncation), "whitened" (truncation on the inputs of the dense model), "mpifa"
             (truncation and reconstruction on the inputs of the compressed model), or a 2:4 pruning baseline
             "magnitude", "wanda", "ria", "sparsegpt".
-        format: "pifa" or "lowrank" (U, V: fewer ranks for the same density); the 2:4 methods ignore it.
+        format: "pifa" or "lowrank" (U, V: fewer ranks for the same density); not for the 2:4 methods.
         layout: where the pivots of format "pifa" lie, see `layouts`: "auto", "pivoted" or "shared-mlp".
         dtype: dtype of the stored weights, "fp32", "fp16" or "bf16".
         include: patterns (fnmatch) of the linears to compress; all in the decoder layers when empty.
@@ -92,12 +92,17 @@ class CompressOptions:
             raise ValueError(f"method is {self.method!r}, expected one of {METHODS}")
         if self.is_pruning and self.density != 0.5:
             raise ValueError(f"density is {self.density}, method {self.method} prunes 2:4, which is 0.5; leave it out")
-        spread = {"attention_density": None, "layer_density": "uniform", "rank_multiple": 1}
+        spread = {"attention_density": None, "layer_density": "uniform", "rank_multiple": 1, "format": "pifa"}
         for name, neutral in spread.items():
             if self.is_pruning and getattr(self, name) != neutral:
                 raise ValueError(
                     f"{name} is {getattr(self, name)!r}, method {self.method} prunes all linears alike; leave it out"
                 )
+        if self.method != "mpifa" and self.reconstruction != ReconstructionOptions():
+            raise ValueError(
+                f"reconstruction is {self.reconstruction}, but method {self.method} has no reconstruction; leave out "
+                "--dense-share, --ridge, --ridge-shape, --solver and --steps"
+            )
         if self.needs_text and not self.calibration:
             raise ValueError(f"method {self.method} needs calibration text; pass --calibration FILE")
         check_layout(self.layout)

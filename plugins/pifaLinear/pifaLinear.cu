@@ -7,13 +7,14 @@
 //   - y_p (z in the column form) stays in fp32, in the L2: a few KB per token between the two launches.
 //   - The second launch starts while the first one drains (programmatic dependent launch, compute capability 9.0 and
 //     later) and has its first weights in registers when y_p is complete. Elsewhere it is an ordinary launch.
+//   - Layers that read the same x share both launches (pifaLinearEnqueueGroup): q, k and v are one layer to the machine.
 //   - The index is applied where the result is stored, in output order, so it costs one 4-byte load per row.
 //   - fp32 sums on the fp32 lanes: up to 8 tokens that is less work than the loads (pifaLinearRule.h).
 // GEMM (many tokens): both products through cuBLASLt, straight into y with y's row stride. With an index one more pass
 //   permutes, 16 bytes per store; it is 4 m bytes per token that a kernel of our own would save.
 // Without cuBLASLt the decode kernels serve any number of tokens in tiles of 8: right, and slow beyond a few dozen.
 #include "cublasLtProduct.h"
-#include "pifaLinearPlan.h"
+#include "pifaLinearGroup.h"
 
 #include <atomic>
 
@@ -81,17 +82,20 @@ __device__ __forceinline__ void storeSums(RowProducts<Weight, Activation> const&
     __syncthreads();
 }
 
-template <int kTokens, int kVector, typename Weight, typename Activation>
+template <int kTokens, int kVector, bool kGather, typename Weight, typename Activation, int kMost>
 __global__ void __launch_bounds__(kThreads)
-    rowProductsKernel(RowProducts<Weight, Activation> const p, RowLaunch const launch)
+    rowProductsKernel(__grid_constant__ RowSet<Weight, Activation, kMost> const set)
 {
     constexpr int kSteps = kStepsInFlight<kTokens, kVector>;
     letNextGridStart();
-    int const group = threadIdx.x / launch.groupThreads;
-    int const lane = threadIdx.x % launch.groupThreads;
-    for (int64_t tile = blockIdx.x; tile < launch.tiles; tile += gridDim.x)
+    for (int64_t tile = blockIdx.x; tile < set.tiles; tile += gridDim.x)
     {
-        TilePosition const at = tilePosition(launch, tile, group);
+        int const member = memberOf(set, tile);
+        RowProducts<Weight, Activation> const& p = set.products[member];
+        RowLaunch const& launch = set.launches[member];
+        int const group = threadIdx.x / launch.groupThreads;
+        int const lane = threadIdx.x % launch.groupThreads;
+        TilePosition const at = tilePosition(launch, tile - set.firstTile[member], group);
         Weight const* rows[kMaxRows];
         findRows(p, launch, at.row, rows);
         Chunk<Weight, kVector> next[kSteps][kMaxRows];
@@ -102,7 +106,7 @@ __global__ void __launch_bounds__(kThreads)
         }
         waitForPreviousGrid();
         float sums[kMaxRows][kTokens] = {};
-        accumulate<kTokens, kVector, kSteps>(p, launch, lane, at.token, rows, next, sums);
+        accumulate<kTokens, kVector, kGather, kSteps>(p, launch, lane, at.token, rows, next, sums);
         storeSums<kTokens>(p, launch, at, group, lane, sums);
     }
 }
@@ -163,10 +167,10 @@ struct Launcher
         return gemmChunkTokens(p);
     }
 
-    template <int kTokens, int kVector, typename Weight, typename Activation>
-    int32_t launchRows(RowProducts<Weight, Activation> const& p, RowLaunch const& launch, bool afterOurs)
+    template <int kTokens, int kVector, bool kGather, typename Weight, typename Activation, int kMost>
+    int32_t rows(RowSet<Weight, Activation, kMost> const& set, bool afterOurs)
     {
-        auto const kernel = rowProductsKernel<kTokens, kVector, Weight, Activation>;
+        auto const kernel = rowProductsKernel<kTokens, kVector, kGather, Weight, Activation, kMost>;
         bool overlap = false;
         int32_t const status = afterOurs ? canOverlap(kernel, &overlap) : PIFA_OK;
         if (status != PIFA_OK)
@@ -177,31 +181,12 @@ struct Launcher
         attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attribute.val.programmaticStreamSerializationAllowed = 1;
         cudaLaunchConfig_t config{};
-        config.gridDim = dim3(static_cast<unsigned>(launch.grid));
+        config.gridDim = dim3(static_cast<unsigned>(set.grid));
         config.blockDim = dim3(kThreads);
         config.stream = stream;
         config.attrs = &attribute;
         config.numAttrs = overlap ? 1 : 0;
-        return cudaLaunchKernelEx(&config, kernel, p, launch);
-    }
-
-    template <int kVector, typename Weight, typename Activation>
-    int32_t chooseTokens(RowProducts<Weight, Activation> const& p, RowLaunch const& launch, bool afterOurs)
-    {
-        switch (launch.tileTokens)
-        {
-        case 1: return launchRows<1, kVector>(p, launch, afterOurs);
-        case 2: return launchRows<2, kVector>(p, launch, afterOurs);
-        case 4: return launchRows<4, kVector>(p, launch, afterOurs);
-        default: return launchRows<kMaxTileTokens, kVector>(p, launch, afterOurs);
-        }
-    }
-
-    template <typename Weight, typename Activation>
-    int32_t rows(RowProducts<Weight, Activation> const& p, RowLaunch const& launch, bool afterOurs)
-    {
-        return launch.vector == 1 ? chooseTokens<1>(p, launch, afterOurs)
-                                  : chooseTokens<kVectorElements<Weight>>(p, launch, afterOurs);
+        return cudaLaunchKernelEx(&config, kernel, set);
     }
 
     template <typename T>
@@ -287,6 +272,32 @@ extern "C" int32_t pifaLinearEnqueue(
     {
         return PIFA_CUBLASLT_FAILED;
     }
+}
+
+extern "C" int32_t pifaLinearEnqueueGroup(
+    PifaProblem const* problems, PifaBuffers const* buffers, int32_t count, int32_t path, void* stream)
+{
+    int32_t const status = pifa::checkGroup(problems, buffers, count, path);
+    if (status != PIFA_OK || problems[0].tokens == 0)
+    {
+        return status;
+    }
+    bool decode = true;
+    for (int32_t i = 0; i < count; ++i)
+    {
+        decode = decode && pifa::resolvePath(problems[i], path) == PIFA_PATH_DECODE;
+    }
+    if (decode)
+    {
+        pifa::Launcher launcher{static_cast<cudaStream_t>(stream), nullptr};
+        return pifa::runDecodeGroup(problems, buffers, count, launcher);
+    }
+    int32_t each = PIFA_OK;
+    for (int32_t i = 0; each == PIFA_OK && i < count; ++i)
+    {
+        each = pifaLinearEnqueue(&problems[i], &buffers[i], path, stream);
+    }
+    return each;
 }
 
 extern "C" char const* pifaLinearStatusString(int32_t status)

@@ -75,6 +75,15 @@ PIFA_EXPORT int32_t pifaLinearPrepare(PifaProblem const* problem, int32_t path);
 PIFA_EXPORT int32_t pifaLinearEnqueue(
     PifaProblem const* problem, PifaBuffers const* buffers, int32_t path, void* stream);
 
+// At most this many layers share a launch.
+#define PIFA_MAX_GROUP 8
+
+// Enqueues layers in the row form that read the same x: q, k and v, or gate and up. On the decode path all of them take
+// two launches; the GEMM path takes them one after the other. `tokens`, `dtype`, `inFeatures` and `x` are the same in
+// all, `y` and `workspace` are each layer's own. 1 <= count <= PIFA_MAX_GROUP. Returns as pifaLinearEnqueue does.
+PIFA_EXPORT int32_t pifaLinearEnqueueGroup(
+    PifaProblem const* problems, PifaBuffers const* buffers, int32_t count, int32_t path, void* stream);
+
 // Returns a static message in English for a status of these functions.
 PIFA_EXPORT char const* pifaLinearStatusString(int32_t status);
 

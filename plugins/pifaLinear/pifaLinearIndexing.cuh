@@ -56,8 +56,30 @@ struct RowLaunch
     int64_t rowTiles;
     int64_t tokenTiles;
     int64_t tiles;
+};
+
+// Products of one launch. The members share activations and tokens, so tileTokens and vector are the same in all.
+template <typename Weight, typename Activation, int kMost>
+struct RowSet
+{
+    RowProducts<Weight, Activation> products[kMost];
+    RowLaunch launches[kMost];
+    int64_t firstTile[kMost]; // ascending; where there is no member INT64_MAX
+    int64_t tiles;
     int64_t grid;
 };
+
+template <typename Weight, typename Activation, int kMost>
+PIFA_HOST_DEVICE int memberOf(RowSet<Weight, Activation, kMost> const& set, int64_t tile)
+{
+    int member = 0;
+    PIFA_UNROLL
+    for (int i = 1; i < kMost; ++i)
+    {
+        member += tile >= set.firstTile[i];
+    }
+    return member;
+}
 
 struct TilePosition
 {
@@ -101,11 +123,12 @@ PIFA_HOST_DEVICE void loadStep(Weight const* const (&rows)[kMaxRows], uint32_t c
     }
 }
 
-template <int kVector, typename Weight, typename Activation>
+// kGather says whether p.gather may be there: testing for it on the way costs the other kernels registers.
+template <int kVector, bool kGather, typename Weight, typename Activation>
 PIFA_HOST_DEVICE void activationChunk(
     RowProducts<Weight, Activation> const& p, Activation const* row, int64_t first, float (&to)[kVector])
 {
-    if (p.gather != nullptr)
+    if (kGather && p.gather != nullptr)
     {
         PIFA_UNROLL
         for (int i = 0; i < kVector; ++i)
@@ -140,7 +163,7 @@ PIFA_HOST_DEVICE void activationChunk(
 }
 
 // Adds the products of one chunk of the depth, for every token of the tile.
-template <int kTokens, int kVector, typename Weight, typename Activation>
+template <int kTokens, int kVector, bool kGather, typename Weight, typename Activation>
 PIFA_HOST_DEVICE void multiplyChunk(RowProducts<Weight, Activation> const& p, int64_t firstToken, int64_t firstDepth,
     float const (&weights)[kMaxRows][kVector], float (&sums)[kMaxRows][kTokens])
 {
@@ -152,7 +175,8 @@ PIFA_HOST_DEVICE void multiplyChunk(RowProducts<Weight, Activation> const& p, in
             break;
         }
         float x[kVector];
-        activationChunk(p, p.activations + (firstToken + t) * p.activationStride, firstDepth, x);
+        activationChunk<kVector, kGather>(
+            p, p.activations + (firstToken + t) * p.activationStride, firstDepth, x);
         PIFA_UNROLL
         for (int r = 0; r < kMaxRows; ++r)
         {
@@ -167,7 +191,7 @@ PIFA_HOST_DEVICE void multiplyChunk(RowProducts<Weight, Activation> const& p, in
 
 // Adds what one thread of a group contributes to its rows and tokens. Weights are one step ahead of the arithmetic,
 // in `next`, whose first step the caller has loaded: kSteps x kMaxRows independent loads are in flight at any time.
-template <int kTokens, int kVector, int kSteps, typename Weight, typename Activation>
+template <int kTokens, int kVector, bool kGather, int kSteps, typename Weight, typename Activation>
 PIFA_HOST_DEVICE void accumulate(RowProducts<Weight, Activation> const& p, RowLaunch const& launch, int lane,
     int64_t firstToken, Weight const* const (&rows)[kMaxRows], Chunk<Weight, kVector> (&next)[kSteps][kMaxRows],
     float (&sums)[kMaxRows][kTokens])
@@ -193,7 +217,7 @@ PIFA_HOST_DEVICE void accumulate(RowProducts<Weight, Activation> const& p, RowLa
             uint32_t const chunk = first + step * stride;
             if (chunk < chunks)
             {
-                multiplyChunk(p, firstToken, int64_t{chunk} * kVector, weights, sums);
+                multiplyChunk<kTokens, kVector, kGather>(p, firstToken, int64_t{chunk} * kVector, weights, sums);
             }
         }
     }

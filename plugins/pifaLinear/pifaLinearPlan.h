@@ -69,20 +69,25 @@ inline int32_t checkBuffers(PifaProblem const& p, PifaBuffers const* b)
     return there && aligned ? PIFA_OK : PIFA_BAD_ARGUMENT;
 }
 
-inline RowLaunch planRows(int64_t rows, int64_t depth, int64_t tokens, int64_t weightBytes)
+inline RowLaunch planRows(
+    int64_t rows, int64_t depth, int64_t tokens, int64_t weightBytes, int64_t warpsOfOthers = 0)
 {
     RowLaunch launch;
     launch.tileTokens = tokens <= 2 ? static_cast<int>(std::max<int64_t>(tokens, 1)) : tokens <= 4 ? 4 : kMaxTileTokens;
     int64_t const vector = kLoadBytes / weightBytes;
     launch.vector = depth % vector == 0 ? static_cast<int>(vector) : 1;
     launch.groupThreads = depth / launch.vector <= kWarpRowChunks ? kWarp : kThreads;
-    int64_t const warpsPerRow = launch.groupThreads / kWarp;
-    launch.groupRows = static_cast<int>(std::clamp<int64_t>(rows * warpsPerRow / kFullMachineWarps, 1, kMaxRows));
+    int64_t const warps = rows * (launch.groupThreads / kWarp) + warpsOfOthers;
+    launch.groupRows = static_cast<int>(std::clamp<int64_t>(warps / kFullMachineWarps, 1, kMaxRows));
     launch.rowTiles = ceilDiv(rows, int64_t{kThreads / launch.groupThreads} * launch.groupRows);
     launch.tokenTiles = ceilDiv(tokens, launch.tileTokens);
     launch.tiles = launch.rowTiles * launch.tokenTiles;
-    launch.grid = std::min(launch.tiles, kMaxGrid);
     return launch;
+}
+
+inline int64_t rowsGrid(int64_t tiles)
+{
+    return std::min(tiles, kMaxGrid);
 }
 
 template <typename T>
@@ -138,36 +143,77 @@ inline int64_t workspaceBytes(PifaProblem const& p, int32_t path)
     return path == PIFA_PATH_DECODE ? decode : path == PIFA_PATH_GEMM ? gemm : std::max(decode, gemm);
 }
 
-template <typename Weight, typename Activation, typename Executor>
-int32_t rowProducts(RowProducts<Weight, Activation>& p, Executor& execute, bool afterOurs)
+// Hands `set` to the executor under the constants that its kernel was compiled with. What is not read 16 bytes at a
+// time is slow anyway, so there one kernel serves both with and without a gather.
+template <int kVector, bool kGather, typename Set, typename Executor>
+int32_t chooseTokens(Set const& set, Executor& execute, bool afterOurs)
+{
+    switch (set.launches[0].tileTokens)
+    {
+    case 1: return execute.template rows<1, kVector, kGather>(set, afterOurs);
+    case 2: return execute.template rows<2, kVector, kGather>(set, afterOurs);
+    case 4: return execute.template rows<4, kVector, kGather>(set, afterOurs);
+    default: return execute.template rows<kMaxTileTokens, kVector, kGather>(set, afterOurs);
+    }
+}
+
+template <typename Weight, typename Activation>
+void alignActivations(RowProducts<Weight, Activation>& p)
 {
     p.alignedActivations
         = isAligned(p.activations) && p.activationStride * static_cast<int64_t>(sizeof(Activation)) % kLoadBytes == 0;
-    return execute.rows(p, planRows(p.rows, p.depth, p.tokens, sizeof(Weight)), afterOurs);
 }
 
-template <typename T, typename Executor>
-int32_t runDecode(PifaProblem const& p, PifaBuffers const& b, Executor& execute)
+template <typename Weight, typename Activation, typename Executor>
+int32_t rowProducts(RowProducts<Weight, Activation> const& p, Executor& execute, bool afterOurs)
+{
+    RowSet<Weight, Activation, 1> set{{p}, {planRows(p.rows, p.depth, p.tokens, sizeof(Weight))}, {0}, 0, 0};
+    set.tiles = set.launches[0].tiles;
+    set.grid = rowsGrid(set.tiles);
+    alignActivations(set.products[0]);
+    constexpr int kVector = kVectorElements<Weight>;
+    if (set.launches[0].vector == 1)
+    {
+        return chooseTokens<1, true>(set, execute, afterOurs);
+    }
+    // Only what reads x gathers.
+    if constexpr (std::is_same<Weight, Activation>::value)
+    {
+        return p.gather ? chooseTokens<kVector, true>(set, execute, afterOurs)
+                        : chooseTokens<kVector, false>(set, execute, afterOurs);
+    }
+    return chooseTokens<kVector, false>(set, execute, afterOurs);
+}
+
+// The product of a layer that reads x and writes the intermediate.
+template <typename T>
+RowProducts<T, T> firstProduct(PifaProblem const& p, PifaBuffers const& b)
 {
     bool const row = p.form == PIFA_FORM_ROW;
     T const* const x = static_cast<T const*>(b.x);
-    float* const middle = static_cast<float*>(b.workspace);
     RowProducts<T, T> first{};
     first.weight = static_cast<T const*>(row ? b.pivotWeight : b.coefficients);
     first.activations = row || p.hasIndex ? x : x + p.rank;
     first.gather = !row && p.hasIndex ? b.index + p.rank : nullptr;
     first.addend = row ? nullptr : x;
     first.addendIndex = !row && p.hasIndex ? b.index : nullptr;
-    first.out = middle;
+    first.out = static_cast<float*>(b.workspace);
     first.rows = first.sources = p.rank;
     first.depth = row ? p.inFeatures : p.inFeatures - p.rank;
     first.inputs = first.activationStride = first.addendStride = p.inFeatures;
     first.tokens = p.tokens;
     first.outStride = padded(p.rank);
+    return first;
+}
 
+// The product of a layer that reads the intermediate and writes y.
+template <typename T>
+RowProducts<T, float> secondProduct(PifaProblem const& p, PifaBuffers const& b)
+{
+    bool const row = p.form == PIFA_FORM_ROW;
     RowProducts<T, float> second{};
     second.weight = static_cast<T const*>(row ? b.coefficients : b.pivotWeight);
-    second.activations = middle;
+    second.activations = static_cast<float const*>(b.workspace);
     second.source = row && p.hasIndex ? b.index : nullptr;
     second.bias = p.hasBias ? static_cast<T const*>(b.bias) : nullptr;
     second.out = static_cast<T*>(b.y);
@@ -176,9 +222,14 @@ int32_t runDecode(PifaProblem const& p, PifaBuffers const& b, Executor& execute)
     second.copied = row ? p.rank : 0;
     second.tokens = p.tokens;
     second.activationStride = padded(p.rank);
+    return second;
+}
 
-    int32_t const status = rowProducts(first, execute, false);
-    return status == PIFA_OK ? rowProducts(second, execute, true) : status;
+template <typename T, typename Executor>
+int32_t runDecode(PifaProblem const& p, PifaBuffers const& b, Executor& execute)
+{
+    int32_t const status = rowProducts(firstProduct<T>(p, b), execute, false);
+    return status == PIFA_OK ? rowProducts(secondProduct<T>(p, b), execute, true) : status;
 }
 
 template <typename T, typename Executor>

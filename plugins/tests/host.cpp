@@ -1,7 +1,12 @@
 // Drives a plugin library through everything that TensorRT calls while it builds an engine, with TensorRT's headers
 // only. `host LIBRARY` ends with status 0 when all checks passed. With the kernels of fakeKernels.cpp behind the plugin
-// it also drives what runs an engine; no GPU is needed for either.
+// it also drives what runs an engine; no GPU is needed for either. Compiled with PIFA_HOST_CUDA, `host LIBRARY --cuda`
+// runs the layer on a GPU instead; status 3 says that there is none.
 #include "hostCalls.h"
+
+#ifdef PIFA_HOST_CUDA
+#include "hostCuda.h"
+#endif
 
 #include <limits>
 #include <stdio.h>
@@ -361,12 +366,22 @@ void checkThreads(Library const& library)
 
 int main(int count, char** arguments)
 {
-    if (count != 2)
+    bool const onDevice = count == 3 && strcmp(arguments[2], "--cuda") == 0;
+    if (count != 2 && !onDevice)
     {
-        fprintf(stderr, "usage: host LIBRARY\n");
+        fprintf(stderr, "usage: host LIBRARY [--cuda]\n");
         return 2;
     }
     Library const library(arguments[1]);
+    if (onDevice)
+    {
+#ifdef PIFA_HOST_CUDA
+        return runOnDevice(library);
+#else
+        fprintf(stderr, "this program was compiled without PIFA_HOST_CUDA\n");
+        return 2;
+#endif
+    }
     checkCreators(library);
     checkLimits(library);
     int32_t shapes = 0;

@@ -4,8 +4,9 @@
 #ifdef PIFA_TEST_CUBLASLT
 #include "../pifaLinear/cublasLtProduct.h"
 #endif
-#include "../pifaLinear/pifaLinearPlan.h"
+#include "../pifaLinear/pifaLinearGroup.h"
 
+#include <utility>
 #include <vector>
 
 namespace pifa
@@ -13,6 +14,7 @@ namespace pifa
 namespace
 {
 
+int64_t gLaunches = 0; // of the row kernel
 int64_t gChunkTokens = 0; // of the GEMM path, where a test wants fewer than 2^31 elements would need
 
 struct HostExecutor
@@ -24,7 +26,7 @@ struct HostExecutor
         return gChunkTokens > 0 ? std::min(gChunkTokens, gemmChunkTokens(p)) : gemmChunkTokens(p);
     }
 
-    template <int kTokens, int kVector, typename Weight, typename Activation>
+    template <int kTokens, int kVector, bool kGather, typename Weight, typename Activation>
     void tile(RowProducts<Weight, Activation> const& p, RowLaunch const& launch, TilePosition at)
     {
         constexpr int kSteps = 2;
@@ -40,7 +42,7 @@ struct HostExecutor
             {
                 loadStep(rows, lane + step * launch.groupThreads, static_cast<uint32_t>(p.depth / kVector), next[step]);
             }
-            accumulate<kTokens, kVector, kSteps>(p, launch, lane, at.token, rows, next, mine);
+            accumulate<kTokens, kVector, kGather, kSteps>(p, launch, lane, at.token, rows, next, mine);
             std::copy(&mine[0][0], &mine[0][0] + kSums, &sums[static_cast<size_t>(lane) * kSums]);
         }
         for (int i = 0; i < kSums; ++i)
@@ -67,38 +69,24 @@ struct HostExecutor
         }
     }
 
-    template <int kTokens, int kVector, typename Weight, typename Activation>
-    int32_t tiles(RowProducts<Weight, Activation> const& p, RowLaunch const& launch)
+    template <int kTokens, int kVector, bool kGather, typename Weight, typename Activation, int kMost>
+    int32_t rows(RowSet<Weight, Activation, kMost> const& set, bool)
     {
-        for (int64_t block = 0; block < launch.grid; ++block)
+        ++gLaunches;
+        for (int64_t block = 0; block < set.grid; ++block)
         {
-            for (int64_t i = block; i < launch.tiles; i += launch.grid)
+            for (int64_t i = block; i < set.tiles; i += set.grid)
             {
+                int const member = memberOf(set, i);
+                RowLaunch const& launch = set.launches[member];
                 for (int group = 0; group < kThreads / launch.groupThreads; ++group)
                 {
-                    tile<kTokens, kVector>(p, launch, tilePosition(launch, i, group));
+                    TilePosition const at = tilePosition(launch, i - set.firstTile[member], group);
+                    tile<kTokens, kVector, kGather>(set.products[member], launch, at);
                 }
             }
         }
         return PIFA_OK;
-    }
-
-    template <int kVector, typename Weight, typename Activation>
-    int32_t chooseTokens(RowProducts<Weight, Activation> const& p, RowLaunch const& launch)
-    {
-        switch (launch.tileTokens)
-        {
-        case 1: return tiles<1, kVector>(p, launch);
-        case 2: return tiles<2, kVector>(p, launch);
-        case 4: return tiles<4, kVector>(p, launch);
-        default: return tiles<kMaxTileTokens, kVector>(p, launch);
-        }
-    }
-
-    template <typename Weight, typename Activation>
-    int32_t rows(RowProducts<Weight, Activation> const& p, RowLaunch const& launch, bool)
-    {
-        return launch.vector == 1 ? chooseTokens<1>(p, launch) : chooseTokens<kVectorElements<Weight>>(p, launch);
     }
 
     template <typename T>
@@ -184,6 +172,26 @@ int32_t pifaLinearEnqueue(PifaProblem const* problem, PifaBuffers const* buffers
     return pifa::run(*problem, *buffers, path == PIFA_PATH_AUTO ? pifa::rulePath(*problem) : path, execute);
 }
 
+int32_t pifaLinearEnqueueGroup(
+    PifaProblem const* problems, PifaBuffers const* buffers, int32_t count, int32_t path, void* stream)
+{
+    int32_t status = pifa::checkGroup(problems, buffers, count, path);
+    if (status != PIFA_OK || problems->tokens == 0)
+    {
+        return status;
+    }
+    if ((path == PIFA_PATH_AUTO ? pifa::rulePath(*problems) : path) == PIFA_PATH_DECODE)
+    {
+        pifa::HostExecutor execute{nullptr};
+        return pifa::runDecodeGroup(problems, buffers, count, execute);
+    }
+    for (int32_t i = 0; status == PIFA_OK && i < count; ++i)
+    {
+        status = pifaLinearEnqueue(&problems[i], &buffers[i], path, stream);
+    }
+    return status;
+}
+
 char const* pifaLinearStatusString(int32_t status)
 {
     char const* const own = pifa::statusString(status);
@@ -193,6 +201,12 @@ char const* pifaLinearStatusString(int32_t status)
 int32_t pifaLinearOpVersion(void)
 {
     return 1;
+}
+
+// Returns how often the row kernel was launched since the last question.
+extern "C" PIFA_EXPORT int64_t pifaTestLaunches(void)
+{
+    return std::exchange(pifa::gLaunches, 0);
 }
 
 // 0 restores the real size.
@@ -207,7 +221,7 @@ extern "C" PIFA_EXPORT void pifaTestPlanRows(
 {
     pifa::RowLaunch const launch = pifa::planRows(rows, depth, tokens, weightBytes);
     int64_t const values[] = {launch.tileTokens, launch.vector, launch.groupThreads, launch.groupRows, launch.rowTiles,
-        launch.tokenTiles, launch.tiles, launch.grid};
+        launch.tokenTiles, launch.tiles, pifa::rowsGrid(launch.tiles)};
     std::copy(std::begin(values), std::end(values), out);
 }
 

@@ -1,5 +1,5 @@
-// The few CUDA runtime functions of kernelsSanitizer.cu on the CPU, so that the host twins run through it under
-// AddressSanitizer and UndefinedBehaviorSanitizer in buffers of exactly their size.
+// The few CUDA runtime functions of kernelsSanitizer.cu and hostCuda.h on the CPU, so that the host twins run through
+// them in buffers of exactly their size. There are no graphs.
 #include <cstdlib>
 #include <cstring>
 #include <cuda_runtime_api.h>
@@ -33,6 +33,58 @@ cudaError_t cudaFree(void* data)
 cudaError_t cudaMemcpy(void* to, void const* from, size_t bytes, cudaMemcpyKind)
 {
     std::memcpy(to, from, bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaMemset(void* data, int value, size_t bytes)
+{
+    std::memset(data, value, bytes);
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned int)
+{
+    *stream = nullptr;
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamDestroy(cudaStream_t)
+{
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamSynchronize(cudaStream_t)
+{
+    return cudaSuccess;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode)
+{
+    return cudaErrorNotSupported;
+}
+
+cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t*)
+{
+    return cudaErrorNotSupported;
+}
+
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t*, cudaGraph_t, unsigned long long)
+{
+    return cudaErrorNotSupported;
+}
+
+cudaError_t cudaGraphLaunch(cudaGraphExec_t, cudaStream_t)
+{
+    return cudaErrorNotSupported;
+}
+
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t)
+{
+    return cudaSuccess;
+}
+
+cudaError_t cudaGraphDestroy(cudaGraph_t)
+{
     return cudaSuccess;
 }
 
