@@ -8,8 +8,8 @@ DEMO_OUT ?= demo-output
 .PHONY: help demo test test-slow lint bench-export lean-runtimes plugin gpu-bundle clean
 
 help:
-	@echo "make demo       the whole flow on SmolLM2-135M, no GPU needed (about 10 minutes on 2 cores)"
-	@echo "make test       the tests (about 15 minutes on 2 cores)"
+	@echo "make demo       the whole flow on SmolLM2-135M, no GPU needed (about 13 minutes on 2 cores)"
+	@echo "make test       the tests (about 10 minutes on 2 cores)"
 	@echo "make test-slow  the long checks"
 	@echo "make lint       ruff and mypy"
 	@echo "make plugin     the TensorRT plugin for every GPU that nvcc knows, in plugins/build"

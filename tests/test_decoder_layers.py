@@ -225,7 +225,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         folder = root / f"{kind} {method} {density}"
         if not method:
             return save_family(folder, kind)
-        compress_model(make(kind), folder, options(text, method=method, density=density, reconstruction=near))
+        chosen = {"reconstruction": near} if method == "mpifa" else {}
+        compress_model(make(kind), folder, options(text, method=method, density=density, **chosen))
         return folder
 
     return make
