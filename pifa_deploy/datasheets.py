@@ -2,8 +2,8 @@
 
 TFLOP/s count a multiply-add as two. Tensor rates are those of fp16 (and bf16 where the GPU has it) with accumulation in
 fp32, which GeForce runs at half the rate of fp16 accumulation. Where a document gives the sparse rate alone, dense is
-half of it. A figure that no document of NVIDIA's is known to state, or to give the parts of, is None. Documents were in part
-read in copies and quotations.
+half of it. A figure that no document of NVIDIA's is known to state, or to give the parts of, is None.
+Documents were in part read in copies and quotations.
 """
 
 from __future__ import annotations

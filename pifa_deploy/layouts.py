@@ -10,6 +10,7 @@ hold the same function at the same ranks; docs/layouts.md has what they cost and
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -105,12 +106,15 @@ def leave_dense(model: nn.Module) -> list[str]:
     return left
 
 
-def apply_layout(model: nn.Module, layout: str) -> LayoutSummary:
+def apply_layout(
+    model: nn.Module, layout: str, *, made: Callable[[str, nn.Module], None] = lambda path, layer: None
+) -> LayoutSummary:
     """Puts the pivots of a model's PIFA layers where a layout wants them, in place; low-rank pairs stay as they are.
 
     Args:
         model: on the CPU, with factorised layers in the dtype they are stored in.
         layout: "pivoted"; "shared-mlp" in every MLP; or "auto": in each MLP whose coefficients stay small with it.
+        made: called with the path of each new layer, when it is in its place.
 
     Raises:
         ValueError: an unknown layout.
@@ -126,6 +130,8 @@ def apply_layout(model: nn.Module, layout: str) -> LayoutSummary:
         reason = _share(model, group, limit=AUTO_ROW_NORM if layout == "auto" else MAX_ROW_NORM)
         if reason is None:
             shared |= set(group.paths())
+            for path in group.paths():
+                made(path, model.get_submodule(path))
         elif layout == "shared-mlp":
             raise FactorizationError(f"{group.module}: {reason}; use --layout auto or pivoted")
         else:
@@ -133,6 +139,7 @@ def apply_layout(model: nn.Module, layout: str) -> LayoutSummary:
     for path, layer in factorised_modules(model).items():
         if path not in shared and not isinstance(layer, LowRankLinear) and layout_of(layer) != "pivoted":
             model.set_submodule(path, _pivoted(layer))
+            made(path, model.get_submodule(path))
     return describe_layout(model, kept)
 
 

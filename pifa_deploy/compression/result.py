@@ -94,7 +94,8 @@ def write_result(folder: Path, name: str, result: Result) -> CompressSummary:
     model, options = result.model, result.options
     errors, masks = _put_in_place(result)
     with result.clock.step("layout"):
-        layout = None if options.is_pruning else apply_layout(model, options.layout)
+        assert result.resume is not None
+        layout = None if options.is_pruning else apply_layout(model, options.layout, made=result.resume.settle)
     pruned = sum(int((~mask).sum()) for mask in masks.values())
     if not options.is_pruning:
         attach(model, source=options.method, density=options.density, details=_details(result, layout))

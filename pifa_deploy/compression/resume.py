@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 
 from pifa_deploy.compression.allocation import Allocation
 from pifa_deploy.compression.replacement import Replacement
@@ -141,6 +142,14 @@ class ResumeFolder:
             raise InputRefusedError(
                 f"{path}: damaged ({error}); remove it to go on from there, or pass --restart to begin anew"
             ) from None
+
+    def settle(self, path: str, layer: nn.Module) -> None:
+        """Moves a layer's parameters into a file and maps it, so that the model never is in memory as a whole."""
+        file = self.path / f"{path}.safetensors"
+        save_file({name: tensor.detach().contiguous() for name, tensor in layer.named_parameters()}, file)
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - not a mapping
+                setattr(layer, name, nn.Parameter(stored.get_tensor(name), requires_grad=False))
 
     def remove(self) -> None:
         """Removes the folder."""
