@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 from pifa_deploy.calibration import HELD_OUT_TEXT, packaged_text, read_texts, token_ids
 from pifa_deploy.digest import model_sha256
 from pifa_deploy.errors import InputRefusedError
-from pifa_deploy.linear import LowRankLinear, PifaLinear
+from pifa_deploy.layouts import low_rank_pair
+from pifa_deploy.linear import LowRankLinear
 from pifa_deploy.model_folder import load_model, load_tokenizer, torch_dtype
 from pifa_deploy.onnx_folder import OnnxFolder, open_folder
 from pifa_deploy.parity import Comparison, Difference, Gates, Verdict, gates_for, json_figures, judge, to_json
 from pifa_deploy.runners import FloatArray, IntArray, OnnxRuntimeRunner, Runner, Step, TorchRunner
+from pifa_deploy.transformers_quantizer import factorised_modules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,33 +146,30 @@ def cases(ids: IntArray, options: VerifyOptions) -> Iterator[tuple[str, Step]]:
 
 
 def low_rank_twin(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel | None:
-    """Returns the same function with every PifaLinear stored as the balanced SVD pair U, V, in `dtype`.
+    """Returns the same function with every PIFA layer stored as the balanced SVD pair U, V, in `dtype`.
 
     It shows what rounding costs the stock low-rank format of the very same matrices. None for a model
-    without PifaLinear layers.
+    without PIFA layers.
     """
     import copy
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, PifaLinear)}
+    layers = {name: layer for name, layer in factorised_modules(model).items() if not isinstance(layer, LowRankLinear)}
     if not layers:
         return None
     # Only what is not replaced has to be copied.
     memo = {id(layer): layer for layer in layers.values()}
     twin = copy.deepcopy(model, memo)
     for name, layer in tqdm(layers.items(), desc="low-rank twin", unit="layer", disable=None, leave=False):
-        u, v = _balanced_pair(layer)
+        u, v = _balanced(*low_rank_pair(layer))
         bias = None if layer.bias is None else layer.bias.detach().clone()
         twin.set_submodule(name, LowRankLinear.from_pair(u.to(dtype), v.to(dtype), bias))
     return twin.to(dtype).eval()
 
 
-def _balanced_pair(layer: PifaLinear) -> tuple[torch.Tensor, torch.Tensor]:
-    pivot_weight, coefficients = layer.pivot_weight.detach().double(), layer.coefficients.detach().double()
-    left = torch.cat([torch.eye(layer.rank, dtype=torch.float64), coefficients])
-    if layer.output_index is not None and len(layer.output_index):
-        left = left[layer.output_index.long()]
+def _balanced(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the pair of the same product that shares its singular values evenly between the two."""
     basis, triangle = torch.linalg.qr(left)
-    u, s, v = torch.linalg.svd(triangle @ pivot_weight, full_matrices=False)
+    u, s, v = torch.linalg.svd(triangle @ right, full_matrices=False)
     root = s.sqrt()
     return (basis @ u) * root, root[:, None] * v
 

@@ -30,6 +30,7 @@ from pifa_deploy.relayout import RelayoutOptions, relayout_checkpoint
 from pifa_deploy.runners import OnnxRuntimeRunner
 from pifa_deploy.shared_pivots import shared_pivots
 from pifa_deploy.transformers_quantizer import attach, factorised_modules
+from pifa_deploy.verification import low_rank_twin
 
 pytest_plugins = ("cli_plugin",)
 
@@ -401,6 +402,11 @@ class TestCheckpointAndExport:
         found, _ = OnnxRuntimeRunner(folder).step(plain_step(ids), None)
         expected_logits = logits(exact, ids).numpy()
         assert np.linalg.norm(found - expected_logits) <= 2e-5 * np.linalg.norm(expected_logits)
+
+    def test_the_low_rank_twin_of_a_verification_has_no_pivots_left(self, folders: dict[str, Any]) -> None:
+        twin = low_rank_twin(load_model(folders["root"] / "shared", dtype=torch.float32), torch.float32)
+        assert describe_layout(twin).modules == {"lowrank": 14}
+        assert_same_function(twin, folders["exact"], 3.0)
 
     def test_inspect_shows_where_the_pivots_lie(self, folders: dict[str, Any], pifa_deploy: Any) -> None:
         shown = pifa_deploy("inspect", folders["root"] / "shared")
