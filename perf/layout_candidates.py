@@ -26,6 +26,8 @@ from pifa_deploy.transformers_quantizer import factorised_modules
 Rows = torch.Tensor
 SMALL = 4.0  # coefficients that `swapped` is content with
 BLOCK = 8
+ERRORS = ("float16 error", "float16 worst row", "bfloat16 error", "bfloat16 worst row")
+FIGURES = ("row norm", "max |C|", *ERRORS, "moved rows", "basis", "rank")
 
 
 def basis(matrix: torch.Tensor) -> torch.Tensor:
@@ -183,7 +185,18 @@ def main(checkpoint: Path, every: int, path: Path | None) -> None:
         click.echo(f"{group.module}: done", err=True)
     click.echo(table(rows))
     if path:
-        path.write_text(json.dumps({"schema": 1, "layers": rows}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(columns(rows), separators=(",", ":")) + "\n", encoding="utf-8")
+
+
+def columns(rows: list[dict[str, object]]) -> dict[str, object]:
+    """Returns the figures without a name repeated: for each candidate one row a layer, None where it does not apply."""
+    layers = sorted({str(row["layer"]) for row in rows})
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in rows:
+        figures = [float(f"{row.get(name, 1.0):.3g}") for name in FIGURES]
+        found.setdefault(str(row["candidate"]), {})[str(row["layer"])] = figures
+    table = {candidate: [by_layer.get(layer) for layer in layers] for candidate, by_layer in found.items()}
+    return {"schema": 1, "columns": FIGURES, "layers": layers, "candidates": table}
 
 
 def table(rows: list[dict[str, object]]) -> str:
