@@ -94,7 +94,7 @@ def _renumbering_is_free(module: nn.Module, candidate: HiddenFeatures) -> bool:
                 parameter.copy_(parameter[order])
         weights[candidate.consumer].weight.copy_(weights[candidate.consumer].weight[:, order])
         after = trial(x)
-    except Exception:
+    except Exception:  # a foreign module may fail in any way when it is called so, and then it is no MLP
         return False
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False

@@ -3,7 +3,7 @@
 `pivoted` takes for each layer the pivots that QR finds, anywhere among its rows: the smallest coefficients, and an
 index that moves every output. `shared-mlp` renumbers the hidden features of each MLP, which nobody else sees, so that
 one set of them comes first and serves gate and up (as rows) and down (as columns, see `column_linear`): nothing
-moves in the MLP, two thirds of a decoder's weights, for coefficients about one and a half times as large. All layouts
+moves in the MLP, two thirds of a decoder's weights, for row norms of coefficients nearly twice as large. All layouts
 hold the same function at the same ranks; docs/layouts.md has what they cost and which others were tried.
 """
 
