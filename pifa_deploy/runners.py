@@ -56,6 +56,26 @@ class Runner(Protocol):
         ...
 
 
+class TimedCall(Protocol):
+    """One decoder step made ready to run again and again: its inputs and outputs lie where the runtime wants them."""
+
+    def launch(self) -> None:
+        """Starts the step: on a GPU it returns when the work is queued, on a CPU when it is done."""
+        ...
+
+    def wait(self) -> None:
+        """Returns when the last launch is done."""
+        ...
+
+    def gpu_ms(self) -> float | None:
+        """Returns the time of the last launch on the GPU, between CUDA events around it; None on a CPU."""
+        ...
+
+    def close(self) -> None:
+        """Gives back what the call holds."""
+        ...
+
+
 class TorchRunner:
     """A transformers model with its stock attention and cache: shares no code with the export."""
 
