@@ -1,0 +1,104 @@
+"""The command ci: a pipeline file from checkpoints to the report, with one exit code."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pifa_deploy.cli import console
+from pifa_deploy.errors import ExitCode, InputRefusedError
+
+if TYPE_CHECKING:
+    from pifa_deploy.pipeline import Outcome
+
+_STAGES = ["cpu", "gpu"]
+# What ci itself gives to every command.
+_OWN_FLAGS = ("json_path", "force", "out", "reference")
+_RESULTS = {ExitCode.PASSED: "passed", ExitCode.GATE_FAILED: "FAILED", ExitCode.NOT_DECIDED: "not decided"}
+
+
+@click.command("ci")
+@click.argument("file", type=click.Path(path_type=Path), default=Path("pifa-deploy.toml"))
+@click.option("--stage", type=click.Choice(_STAGES), default="cpu", show_default=True, help="gpu: what needs a GPU.")
+@click.option("--dry-run", is_flag=True, help="Show the commands and end.")
+@click.option("--force", is_flag=True, help="Run every step again.")
+@console.json_option
+def ci_command(file: Path, stage: str, dry_run: bool, force: bool, json_path: Path | None) -> int:
+    """Compress or import, export, verify, build, evaluate, bench and report what FILE asks for.
+
+    A step whose output stands for the same inputs is kept. Exit code 1 when a gate of any step failed, 3 when nothing
+    failed but something was not decided.
+    """
+    from pifa_deploy.pipeline import require_gpu, run_steps, verdict
+    from pifa_deploy.pipeline_file import read_pipeline
+    from pifa_deploy.pipeline_steps import steps_of
+
+    pipeline = read_pipeline(file)
+    steps = steps_of(pipeline, stage, arguments_of)
+    if dry_run:
+        root = pipeline.path.resolve().parent
+        for step in steps:
+            click.echo(shlex.join(("pifa-deploy", *step.command(root))))
+        return ExitCode.PASSED
+    if stage == "gpu":
+        require_gpu()
+    outcomes = run_steps(pipeline, steps, force=force, say=lambda line: click.echo(f"== {line}", err=True))
+    code = verdict(outcomes)
+    console.result({"artefact": "ci", "schema": 1, "verdict": _RESULTS[code], "steps": _listed(outcomes)}, json_path)
+    for outcome in outcomes:
+        if outcome.step.judges:
+            click.echo(f"{_RESULTS[ExitCode(outcome.exit_code)]}: {outcome.step.title}", err=True)
+    console.summary(f"{file}, stage {stage}: {_RESULTS[code]}", json_path)
+    return code
+
+
+def arguments_of(name: str, table: Mapping[str, Any], where: str) -> list[str]:
+    """Returns a table's keys as arguments of a command: text = ["a", "b"] becomes --text a --text b.
+
+    Raises:
+        InputRefusedError: a key that is no option of the command, or a value that it does not take.
+    """
+    from pifa_deploy.cli.main import cli
+    from pifa_deploy.pipeline_file import known_keys
+
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    options = {
+        max(option.opts, key=len).lstrip("-"): option
+        for option in command.params
+        if isinstance(option, click.Option) and option.name not in _OWN_FLAGS
+    }
+    known_keys({key.replace("_", "-"): value for key, value in table.items()}, options, where)
+    arguments: list[str] = []
+    for key, value in table.items():
+        option = options[key.replace("_", "-")]
+        for one in value if isinstance(value, list) else [value]:
+            arguments += _argument(option, one, f"{where}: {key}")
+    return arguments
+
+
+def _argument(option: click.Option, value: Any, where: str) -> list[str]:
+    flag = max(option.opts, key=len)
+    if option.is_flag:
+        if not isinstance(value, bool):
+            raise InputRefusedError(f"{where} is {value!r}, expected true or false")
+        off = [max(option.secondary_opts, key=len)] if option.secondary_opts else []
+        return [flag] if value else off
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise InputRefusedError(f"{where} is {value!r}, expected text or a number")
+    try:
+        option.type.convert(str(value), option, None)
+    except click.UsageError as error:
+        raise InputRefusedError(f"{where} is {value!r}: {error.message}") from None
+    return [flag, str(value)]
+
+
+def _listed(outcomes: list[Outcome]) -> list[dict[str, Any]]:
+    return [
+        {"title": one.step.title, "output": str(one.step.output), "exit_code": one.exit_code, "kept": one.kept}
+        for one in outcomes
+    ]
