@@ -79,33 +79,6 @@ def low_rank_pair(layer: FactorisedLinear) -> tuple[torch.Tensor, torch.Tensor]:
     return left[index.long()] if index is not None and len(index) else left, pivots
 
 
-def multiplications(layer: FactorisedLinear) -> int:
-    """Returns the multiplications a token that a layer takes in a runtime without a plugin.
-
-    An index in the weights makes them those of a low-rank pair, see `onnx_passes`; larger layers take fewer.
-    """
-    extra = layer.rank if layout_of(layer) in ("lowrank", "pivoted") else 0
-    return layer.rank * (layer.out_features + layer.in_features - layer.rank + extra)
-
-
-def leave_dense(model: nn.Module) -> list[str]:
-    """Replaces, in place, each factorised layer that takes no fewer multiplications than a dense one; names them."""
-    left = []
-    for path, layer in factorised_modules(model).items():
-        if multiplications(layer) < layer.out_features * layer.in_features:
-            continue
-        u, v = low_rank_pair(layer)
-        dtype = next(layer.parameters()).dtype
-        with torch.device("meta"):
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-        dense.weight = nn.Parameter((u @ v).to(dtype), requires_grad=False)
-        if layer.bias is not None:
-            dense.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
-        model.set_submodule(path, dense)
-        left.append(path)
-    return left
-
-
 def apply_layout(
     model: nn.Module, layout: str, *, made: Callable[[str, nn.Module], None] = lambda path, layer: None
 ) -> LayoutSummary:

@@ -13,7 +13,9 @@ from transformers import PreTrainedModel
 from pifa_deploy import onnx_passes, op_spec
 from pifa_deploy.decoder_graph import cache_shape, graph_from_model, interface
 from pifa_deploy.digest import file_sha256, model_sha256
-from pifa_deploy.layouts import leave_dense
+from pifa_deploy.genai_config import write_genai_config
+from pifa_deploy.layer_forms import DENSE, STORED, leave_dense
+from pifa_deploy.layer_plan import PLUGIN, apply_plan, read_plan
 from pifa_deploy.model_folder import HUB_PREFIX, load_model, save_tokenizer, torch_dtype
 from pifa_deploy.onnx_folder import DATA_FILE, MANIFEST_FILE, MODEL_FILE, SCHEMA
 from pifa_deploy.output_folder import new_folder, write_json
@@ -34,12 +36,15 @@ class ExportOptions:
         format: "pifa" exports every layer as it is stored; "auto" writes a layer dense where its factors take no fewer
             multiplications than the dense weight: faster on a CPU, and larger.
         plain_ops: expand every PIFA node into MatMul, Concat and the like.
+        plan: a file of `bench --choose`: each layer is written in the form that it has there. Where the plan has layers
+            for the plugin, the others that stay PIFA become plain operators, so that the plugin does not take them.
         force: replace an existing output folder.
     """
 
     dtype: str = "fp16"
     format: str = "pifa"
     plain_ops: bool = False
+    plan: Path | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -47,6 +52,8 @@ class ExportOptions:
         torch_dtype(self.dtype)
         if self.format not in FORMATS:
             raise ValueError(f"format is {self.format!r}, expected one of {FORMATS}")
+        if self.plan is not None and self.format == "auto":
+            raise ValueError("format is 'auto' and there is a plan, expected one of them to choose the forms")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +65,7 @@ class ExportSummary:
         dtype: as in ExportOptions.
         nodes: nodes of the graph.
         pifa_nodes: PIFA nodes in it (0 with plain_ops or for a dense model).
-        left_dense: layers written dense because of format "auto".
+        left_dense: layers written dense because of format "auto" or a plan.
         bytes: size of model.onnx and its data.
         tokenizer: whether tokenizer files were found and copied.
     """
@@ -83,22 +90,24 @@ def export_checkpoint(checkpoint: Path | str, target: Path | str, options: Expor
         options: see ExportOptions.
 
     Raises:
-        InputRefusedError: the checkpoint is malformed, or a weight overflows the dtype.
+        InputRefusedError: the checkpoint or the plan is malformed, or a weight overflows the dtype.
+        MisfitError: the plan is of another checkpoint.
         ExportError: the architecture cannot be traced.
         OutputExistsError, OutputHeldError, OutputError: see `output_folder.new_folder`.
     """
     with new_folder(target, force=options.force) as folder:
         model = load_model(checkpoint, dtype=torch_dtype(options.dtype))
-        left_dense = leave_dense(model) if options.format == "auto" else []
+        left_dense, plain = _choose_forms(model, checkpoint, options)
         graph = graph_from_model(model)
         onnx_passes.attach_function_bodies(graph)
-        if options.plain_ops:
-            onnx_passes.expand_to_plain_ops(graph)
+        if options.plain_ops or plain:
+            onnx_passes.expand_to_plain_ops(graph, None if options.plain_ops else plain)
         onnx_passes.simplify(graph)
         onnx_passes.make_portable(graph, interface(model.config)[2])
         save_graph(graph, folder)
         tokenizer = save_tokenizer(checkpoint, folder)
         model.config.save_pretrained(folder)
+        write_genai_config(model.config, folder)
         content = {
             "modules": _modules(model, graph),
             "left_dense": left_dense,
@@ -117,6 +126,16 @@ def export_checkpoint(checkpoint: Path | str, target: Path | str, options: Expor
             bytes=sum((folder / name).stat().st_size for name in (MODEL_FILE, DATA_FILE)),
             tokenizer=tokenizer,
         )
+
+
+def _choose_forms(
+    model: PreTrainedModel, checkpoint: Path | str, options: ExportOptions
+) -> tuple[list[str], list[str]]:
+    """Gives the layers, in place, the forms asked for; returns those made dense and those to become plain operators."""
+    if options.plan is None:
+        return leave_dense(model) if options.format == "auto" else [], []
+    taken = apply_plan(model, read_plan(options.plan), _source_hash(checkpoint), str(options.plan))
+    return taken.get(DENSE, []), taken[STORED] if PLUGIN in taken else []
 
 
 def save_graph(graph: ir.Model, folder: Path) -> None:
@@ -167,6 +186,7 @@ def _manifest(model: PreTrainedModel, folder: Path, options: ExportOptions) -> d
         "artefact": "onnx",
         "dtype": options.dtype,
         "plain_ops": options.plain_ops,
+        "plan": None if options.plan is None else file_sha256(options.plan),
         "op": {"domain": op_spec.DOMAIN, "types": list(op_spec.FORMS), "version": op_spec.OP_VERSION},
         "opset": onnx_passes.OPSET,
         "cache": {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim},

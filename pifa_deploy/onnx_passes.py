@@ -19,6 +19,7 @@ from pifa_deploy import op_spec
 OPSET = 18
 # Only what is computed from shapes and scalars is folded.
 _FOLD_LIMIT = 1024
+_HIDDEN = "pifa.hidden"
 # ONNX's way to say: to the end.
 _LAST = 2**63 - 1
 # What PifaLinear's body moves by its index, each the fastest somewhere (docs/layouts.md has the measurements). On a CPU
@@ -176,10 +177,20 @@ def take_tensorrt_bodies(model: onnx.ModelProto) -> None:
             function.CopyFrom(ir.serde.serialize_function(body))
 
 
-def expand_to_plain_ops(model: ir.Model) -> None:
-    """Replaces every PIFA node by its function body."""
+def expand_to_plain_ops(model: ir.Model, names: Iterable[str] | None = None) -> None:
+    """Replaces the PIFA nodes of these names, or every one, by their function bodies."""
+    expanded = None if names is None else set(names)
+    kept = [node for node in pifa_nodes(model) if expanded is not None and node.name not in expanded]
+    # The pass inlines whatever has a function: the others are taken out of its sight.
+    for node in kept:
+        node.domain = _HIDDEN
     common.InlinePass()(model)
-    model.graph.opset_imports.pop(op_spec.DOMAIN, None)
+    for node in kept:
+        node.domain = op_spec.DOMAIN
+    if kept:
+        attach_function_bodies(model)
+    else:
+        model.graph.opset_imports.pop(op_spec.DOMAIN, None)
 
 
 def simplify(model: ir.Model) -> None:

@@ -175,11 +175,17 @@ def import_command(checkpoint: Path, out: Path, dtype: str | None, force: bool, 
 @click.command("relayout")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--layout", type=click.Choice(_LAYOUTS), default="auto", show_default=True, help="Where the pivots go.")
+@click.option(
+    "--layout",
+    type=click.Choice([*_LAYOUTS, "low-rank"]),
+    default="auto",
+    show_default=True,
+    help="Where the pivots go; low-rank: no pivots, U and V of the same ranks.",
+)
 @console.force_option
 @console.json_option
 def relayout_command(checkpoint: Path, out: Path, json_path: Path | None, **options: Any) -> None:
-    """Write the PIFA checkpoint CHECKPOINT as OUT, the same model with its pivots elsewhere."""
+    """Write the PIFA checkpoint CHECKPOINT as OUT, the same model with its pivots elsewhere or as a low-rank pair."""
     from pifa_deploy.relayout import RelayoutOptions, relayout_checkpoint
 
     with console.stage(f"relayout {checkpoint}"):
@@ -202,6 +208,7 @@ def relayout_command(checkpoint: Path, out: Path, json_path: Path | None, **opti
     help="auto: dense where factors take no fewer multiplications.",
 )
 @click.option("--plain-ops", is_flag=True, help="Expand PIFA nodes into MatMul, Concat and the like.")
+@click.option("--plan", type=click.Path(path_type=Path), help="Forms of the layers, a file of bench --choose.")
 @console.force_option
 @console.json_option
 def export_command(checkpoint: str, out: Path, json_path: Path | None, **options: Any) -> None:
