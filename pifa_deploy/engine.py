@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from pifa_deploy.onnx_folder import OnnxFolder, external_files, open_folder
 from pifa_deploy.output_folder import new_folder, write_json
 from pifa_deploy.plugin_library import describe_library, messages_in_log, rtx_library_path
 from pifa_deploy.targets import BACKENDS, RTX, RTX_DEFAULT, capabilities, local_gpus
+from pifa_deploy.tokenizer_files import CONFIG_FILE, TOKENIZER_FILES, copy_files
 
 ENGINE = "model.engine"
 _SPEC = "spec.json"
@@ -93,7 +94,7 @@ class BuildOptions:
 
 
 def build_engines(onnx: Path | str, out: Path | str, options: BuildOptions) -> EngineRecord:
-    """Builds the engine folder `out`: model.engine, engine.json and build.log.
+    """Builds the engine folder `out`: model.engine, engine.json, build.log and what the tokenizer needs.
 
     Args:
         onnx: ONNX folder or the ONNX file in it.
@@ -126,7 +127,9 @@ def build_engines(onnx: Path | str, out: Path | str, options: BuildOptions) -> E
             "result": _RESULT,
         }
         result = _run_child(spec, folder, out)
+        tokenizer = copy_files(source.path, folder, (CONFIG_FILE, *TOKENIZER_FILES))
         record = _record(source, {**options.to_json(), "plugin_library": plugin}, spec, result, folder)
+        record = replace(record, tokenizer=tokenizer)
         write_json(folder / ENGINE_JSON, record.to_json())
     out.with_name(f"{out.name}.{BUILD_LOG}").unlink(missing_ok=True)
     return record
@@ -282,7 +285,7 @@ def _record(
         profiles=(spec["profile"],),
         layers=layers,
         precision_histogram=histogram(layers),
-        network=result["network"],
+        network={**result["network"], "modules": sorted(set(result["modules"].values()))},
         memory=memory_in_log(log),
         engines=(file,),
         options=options,

@@ -21,6 +21,7 @@ _TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
     "layers": (list, "a list"),
     "profiles": (list, "a list"),
     "targets": (list, "a list"),
+    "tokenizer": (list, "a list"),
     "sparse_weights": (bool, "true or false"),
 }
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -70,11 +71,13 @@ class EngineRecord:
         profiles: per profile, input name -> {"min", "opt", "max"} -> dimensions.
         layers: the engine's layers in order of execution, as the build log lists them.
         precision_histogram: output data type -> number of engine layers.
-        network: the parsed network before optimisation: "layers" and "precision_histogram".
+        network: the parsed network before optimisation: "layers", "precision_histogram" and "modules", the names of
+            all PIFA modules.
         memory: bytes that the build log states: "activations", "weights", "scratch".
         engines: the engine files.
         options: the build options, without paths.
         sparse_weights: whether the builder was allowed to use 2:4 sparse kernels.
+        tokenizer: names of the tokenizer and configuration files that were copied from the ONNX folder.
         seconds: wall time of the build, parsing included.
         peak_rss_bytes: peak resident memory of the build process.
     """
@@ -92,6 +95,7 @@ class EngineRecord:
     engines: tuple[EngineFile, ...]
     options: Mapping[str, Any] = field(default_factory=dict)
     sparse_weights: bool = False
+    tokenizer: tuple[str, ...] = ()
     seconds: float
     peak_rss_bytes: int
 
@@ -131,6 +135,7 @@ class EngineRecord:
             engines=_engines(value["engines"], where),
             options=_object(value, "options", where),
             sparse_weights=value.get("sparse_weights", False),
+            tokenizer=tuple(map(str, value.get("tokenizer", ()))),
             seconds=float(value["seconds"]),
             peak_rss_bytes=int(value["peak_rss_bytes"]),
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -26,23 +25,12 @@ from pifa_deploy.errors import (
 )
 from pifa_deploy.op_spec import DTYPE_FLAGS
 from pifa_deploy.sparse_checkpoint import is_sparse, validate_sparsity
+from pifa_deploy.tokenizer_files import GENERATION_FILE, TOKENIZER_FILES, copy_files
 
 HUB_PREFIX = "hf:"
 _GGUF_MAGIC = b"GGUF"
 # With a repository in one of these transformers fetches and runs a kernel, whatever trust_remote_code says.
 _CODE_FIELDS = ("attn_implementation", "_attn_implementation", "experts_implementation", "kernel_config")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 def torch_dtype(flag: str) -> torch.dtype:
@@ -129,10 +117,7 @@ def save_tokenizer(source: Path | str, target: Path) -> bool:
     if isinstance(place, str) or "gguf_file" in options:
         load_tokenizer(source).save_pretrained(target)
         return True
-    found = [place / name for name in TOKENIZER_FILES if (place / name).is_file()]
-    for file in found:
-        shutil.copyfile(file, target / file.name)
-    return any(file.name != "generation_config.json" for file in found)
+    return any(name != GENERATION_FILE for name in copy_files(place, target, TOKENIZER_FILES))
 
 
 def _location(source: Path | str) -> tuple[Path | str, dict[str, Any]]:

@@ -68,3 +68,17 @@ def pifa_deploy(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(code, out, err)
 
     return command
+
+
+@pytest.fixture(scope="session")
+def engine_folder(onnx_folder: Path) -> Path:
+    """A TensorRT-RTX engine of the small model for 8.6 and 8.9: batch 2, 16 tokens behind at most 32."""
+    for module in ("tensorrt_rtx", "polygraphy"):
+        pytest.importorskip(module, reason=f"{module} is not installed: pip install 'pifa-deploy[rtx]'")
+    from pifa_deploy.engine import BuildOptions, build_engines
+
+    options = BuildOptions(
+        compute_capabilities=("8.6", "8.9"), max_batch_size=2, max_input_len=16, max_cache_len=32, sparsity="disable"
+    )
+    build_engines(onnx_folder, onnx_folder.parent / "engine", options)
+    return onnx_folder.parent / "engine"

@@ -539,7 +539,7 @@ USAGES: dict[str, tuple[str, str]] = {
     "windows of one token": ("evaluate {dense} --text {text} --context 1", "expected at least 1 of at least 2"),
     "no windows": ("evaluate {dense} --text {text} --max-windows 0", "0 windows"),
     "no text": ("evaluate {dense}", "Missing option '--text'"),
-    "no prompt": ("generate {onnx}", "Missing option '--prompt'"),
+    "no prompt": ("generate {onnx}", "Missing argument 'PROMPT'"),
     "no new tokens": ("generate {onnx} --prompt Emma --max-new-tokens 0", "max_new_tokens is 0, expected at least 1"),
     "an unknown option": ("inspect {dense} --colour", "No such option.*--colour.*; see pifa-deploy inspect --help"),
     "an unknown command": ("compile {dense}", "No such command 'compile'.*; see pifa-deploy --help"),

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cli_fixtures import SIZES, small_model, small_tokenizer
+from cli_fixtures import SIZES, Outcome, small_model, small_tokenizer
 
-from pifa_deploy.generation import generate
+from pifa_deploy.cli.generate import _remarks
+from pifa_deploy.decoder_step import StepLimits
+from pifa_deploy.errors import ExitCode
+from pifa_deploy.generation import Generated, GenerateOptions, TextStream, end_tokens, generate, generate_text
 from pifa_deploy.model_folder import load_model, load_tokenizer
 from pifa_deploy.onnx_folder import open_folder
 from pifa_deploy.runners import OnnxRuntimeRunner, Step, TorchRunner
+from pifa_deploy.sampling import SamplingOptions
 
 pytest_plugins = ("cli_plugin",)
 
@@ -132,3 +140,161 @@ def test_a_model_that_says_the_end_at_once_says_nothing() -> None:
     bias.bias.data.zero_()[plain_tokenizer().eos_token_id] = 5.0
     model.set_output_embeddings(bias)
     assert generate(TorchRunner(model), plain_tokenizer(), "Emma", max_new_tokens=5) == ""
+
+
+TEXT = "Ünïcode 🙂 и 日本語, e\u0301!"
+
+
+class TestTextStream:
+    def test_characters_of_several_bytes_come_whole(self) -> None:
+        tokenizer = plain_tokenizer()
+        tokens = tokenizer(TEXT, add_special_tokens=False).input_ids
+        stream = TextStream(tokenizer)
+        pieces = [stream.push(token) for token in tokens]
+        assert "".join(pieces) == TEXT
+        assert pieces.count("🙂") == 1
+        assert pieces.count("") >= 3 + 2 * 3  # bytes of the others but their last one
+        assert not any("\ufffd" in piece for piece in pieces)
+        assert stream.flush() == ""
+
+    def test_bytes_that_make_no_character_come_at_the_end(self) -> None:
+        tokenizer = plain_tokenizer()
+        tokens = tokenizer("A🙂", add_special_tokens=False).input_ids[:-1]
+        stream = TextStream(tokenizer)
+        assert "".join(stream.push(token) for token in tokens) == "A"
+        assert stream.flush() == "\ufffd"
+
+    def test_special_tokens_are_left_out(self) -> None:
+        tokenizer = plain_tokenizer()
+        stream = TextStream(tokenizer)
+        assert stream.push(tokenizer.eos_token_id) == ""
+        assert stream.push(tokenizer("E", add_special_tokens=False).input_ids[0]) == "E"
+
+
+def text_from(runner: Any, prompt: str = "Emma", *, limits: StepLimits | None = None, **options: Any) -> Generated:
+    tokenizer = plain_tokenizer()
+    ends = options.pop("ends", {tokenizer.eos_token_id})
+    shown: list[str] = []
+    found = generate_text(
+        runner, tokenizer, prompt, options=GenerateOptions(**options), ends=ends, limits=limits, show=shown.append
+    )
+    assert "".join(shown) == found.text
+    assert "" not in shown
+    return found
+
+
+def test_any_end_token_ends_the_text() -> None:
+    for ends, count in (({1}, 4), ({1, 9}, 2), ({7}, 0), (set(), 5)):
+        found = text_from(Scripted([7, 8, 9, 10, 1]), ends=ends, max_new_tokens=5)
+        assert found.token_ids == (7, 8, 9, 10, 1)[:count] or (not ends and len(found.token_ids) == 5)
+        assert found.stop == ("end" if ends else "length")
+        assert found.decode_steps == min(count, 4)
+
+
+def test_the_figures_are_those_of_the_steps(runner: OnnxRuntimeRunner) -> None:
+    found = text_from(runner, PROMPTS[2], max_new_tokens=6, ends=())
+    assert found.prompt_tokens == len(plain_tokenizer()(PROMPTS[2]).input_ids)
+    assert (len(found.token_ids), found.decode_steps) == (6, 5)
+    assert found.prefill_tokens_per_s == found.prompt_tokens / found.prefill_seconds
+    assert found.decode_tokens_per_s == 5 / found.decode_seconds
+    value = json.loads(json.dumps(found.to_json()))
+    assert (value["artefact"], value["schema"], value["text"]) == ("generate", 1, found.text)
+    assert value["token_ids"] == list(found.token_ids)
+    assert text_from(Scripted([1]), max_new_tokens=6).decode_tokens_per_s is None
+
+
+def test_text_is_shown_before_the_next_step() -> None:
+    tokenizer, seen = plain_tokenizer(), list[tuple[str, int]]()
+    letters = [tokenizer(letter, add_special_tokens=False).input_ids[0] for letter in "ABC"]
+    runner = Scripted([*letters, tokenizer.eos_token_id])
+    generate_text(
+        runner,
+        tokenizer,
+        "Emma",
+        options=GenerateOptions(),
+        ends={tokenizer.eos_token_id},
+        show=lambda piece: seen.append((piece, len(runner.steps))),
+    )
+    assert seen == [("A", 1), ("B", 2), ("C", 3)]
+
+
+def test_a_long_prompt_is_read_in_parts(runner: OnnxRuntimeRunner) -> None:
+    whole = text_from(runner, PROMPTS[2], max_new_tokens=8, ends=())
+    scripted = Scripted([0] * 99)
+    text_from(scripted, PROMPTS[2], max_new_tokens=1, limits=StepLimits(tokens=4))
+    read = [step.input_ids.shape[1] for step in scripted.steps]
+    assert sum(read) == whole.prompt_tokens
+    assert set(read[:-1]) == {4}
+    in_parts = text_from(runner, PROMPTS[2], max_new_tokens=8, ends=(), limits=StepLimits(tokens=4))
+    assert in_parts.token_ids == whole.token_ids
+
+
+@pytest.mark.parametrize(("most", "tokens"), [(0, 1), (1, 1), (2, 2), (4, 4), (40, 9)])
+def test_it_stops_when_the_cache_of_the_engine_is_full(most: int, tokens: int) -> None:
+    runner = Scripted([7] * 20)
+    prompt = plain_tokenizer()("E", add_special_tokens=False).input_ids
+    assert len(prompt) == 1
+    found = text_from(runner, "E", max_new_tokens=9, limits=StepLimits(past=most))
+    assert max(step.past for step in runner.steps) <= most
+    assert len(found.token_ids) == max(tokens, 1 + most if most < 9 else 9)
+    assert found.stop == ("cache" if most < 8 else "length")
+    line = _remarks(found, StepLimits(past=most))[1:]
+    told = f"the engine was built for {most} tokens in the cache; build it again with a larger --max-cache-len"
+    assert line == ([f"stopped after {len(found.token_ids)} tokens: {told}"] if most < 8 else [])
+
+
+def test_a_seed_gives_the_same_text_again(runner: OnnxRuntimeRunner) -> None:
+    texts = [
+        text_from(runner, max_new_tokens=12, ends=(), sampling=SamplingOptions(temperature=2, seed=seed)).token_ids
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_end_tokens_are_those_of_the_generation_config_and_the_tokenizer(tmp_path: Path) -> None:
+    tokenizer = plain_tokenizer()
+    assert end_tokens(tmp_path, tokenizer) == {1}
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
+    assert end_tokens(tmp_path, tokenizer) == {1, 5}
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
+    assert end_tokens(tmp_path, tokenizer) == {1, 7, 9}
+    tokenizer.eos_token = None
+    assert end_tokens(tmp_path, tokenizer) == {7, 9}
+
+
+class TestCommand:
+    def test_it_prints_the_text_and_the_speed(
+        self, onnx_folder: Path, pifa_deploy: Callable[..., Outcome], runner: OnnxRuntimeRunner
+    ) -> None:
+        expected = text_from(runner, max_new_tokens=9)
+        outcome = pifa_deploy("generate", onnx_folder, "Emma", "--no-chat", "--max-new-tokens", 9)
+        assert outcome.code == 0
+        assert outcome.out == expected.text + "\n"
+        speed = f"prefill: {expected.prompt_tokens} tokens, .* tokens/s; decode: {expected.decode_steps} tokens, "
+        assert re.search(speed, outcome.err)
+
+    def test_argument_and_option_are_the_same_prompt(
+        self, onnx_folder: Path, pifa_deploy: Callable[..., Outcome], tmp_path: Path
+    ) -> None:
+        by_argument = pifa_deploy("generate", onnx_folder, "Emma", "--json", "-")
+        by_option = pifa_deploy("generate", onnx_folder, "--prompt", "Emma", "--json", tmp_path / "x.json")
+        first, second = json.loads(by_argument.out), json.loads((tmp_path / "x.json").read_text())
+        assert first["token_ids"] == second["token_ids"]
+        assert by_option.out == second["text"] + "\n"
+
+    def test_one_prompt_is_wanted(self, onnx_folder: Path, pifa_deploy: Callable[..., Outcome]) -> None:
+        pifa_deploy("generate", onnx_folder).failed(ExitCode.USAGE, "Missing argument 'PROMPT'")
+        pifa_deploy("generate", onnx_folder, "a", "--prompt", "b").failed(ExitCode.USAGE, "were both given")
+        pifa_deploy("generate", onnx_folder, "a", "--top-k", 3).failed(ExitCode.USAGE, "give a temperature")
+        plugin = pifa_deploy("generate", onnx_folder, "a", "--plugin", "x.so")
+        plugin.failed(ExitCode.USAGE, r"x\.so is a plugin of TensorRT, and .*onnx is no engine folder")
+
+    def test_another_tokenizer_can_be_named(
+        self, onnx_folder: Path, checkpoint: Path, pifa_deploy: Callable[..., Outcome], tmp_path: Path
+    ) -> None:
+        for name in ("model.onnx", "model.onnx.data", "pifa.json"):
+            shutil.copyfile(onnx_folder / name, tmp_path / name)
+        pifa_deploy("generate", tmp_path, "Emma").failed(ExitCode.INPUT_REFUSED, "config.json")
+        named = pifa_deploy("generate", tmp_path, "Emma", "--tokenizer", checkpoint)
+        assert named.code == 0
+        assert named.out == pifa_deploy("generate", onnx_folder, "Emma").out

@@ -29,7 +29,7 @@ from pifa_deploy.factorization import (
     factors_from_low_rank,
 )
 from pifa_deploy.importers.assembly import ImportedModel, chosen_dtype, fill, linear_at, place, read_finite, skeleton
-from pifa_deploy.model_folder import TOKENIZER_FILES
+from pifa_deploy.tokenizer_files import TOKENIZER_FILES
 
 # `layer` is the module path, or all of it but its end `_proj`; the side is only a label to pair by.
 _SUFFIXED = re.compile(r"(?P<layer>.+)_(?P<side>u|v)_proj\.(?P<what>weight|bias)")
