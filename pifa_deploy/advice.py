@@ -224,7 +224,7 @@ def read_layers(folder: Path, density: float | None) -> tuple[Layer, ...]:
             in_features=linear.in_features,
             rank=ranks.get(name),
             column=name in columns,
-            group=_group(name),
+            group=merged_group(name),
         )
         for name, linear in model.named_modules()
         if isinstance(linear, nn.Linear)
@@ -241,7 +241,8 @@ def _check_shapes(model: PreTrainedModel, record: FactorizationRecord, where: st
             )
 
 
-def _group(name: str) -> str | None:
+def merged_group(name: str) -> str | None:
+    """Returns the group of linears that builders merge into one product while they are dense, None for none."""
     parent, _, last = name.rpartition(".")
     return f"{parent}.{_MERGED[last]}" if last in _MERGED else None
 

@@ -156,7 +156,7 @@ def onnx_parameters(folder: OnnxFolder) -> int:
         except (KeyError, TypeError, ValueError) as error:
             where = f"{folder.path / MANIFEST_FILE}: sparsity.modules[{name!r}]"
             raise InputRefusedError(f"{where}: {first_line(error)}; export again") from None
-    return sum(weights) - _zeros(pruned)
+    return sum(weights) - pruned_zeros(pruned)
 
 
 def _in_torch(place: str, device: str) -> Contender:
@@ -171,15 +171,15 @@ def _in_torch(place: str, device: str) -> Contender:
         device=device,
         threads=torch.get_num_threads(),
         dtype="fp32",
-        parameters=model.num_parameters() - _zeros(record.modules.values() if record else ()),
-        weight_bytes=_file_bytes(place),
+        parameters=model.num_parameters() - pruned_zeros(record.modules.values() if record else ()),
+        weight_bytes=stored_bytes(place),
     )
     return Contender(entry=entry, vocabulary=model.get_input_embeddings().num_embeddings, logits=torch_logits(model))
 
 
 def _in_onnx_runtime(place: str) -> Contender:
     folder = open_folder(place)
-    vocabulary = _vocabulary(folder)
+    vocabulary = vocabulary_of(folder)
     threads = torch.get_num_threads()
     runner = OnnxRuntimeRunner(folder, threads=threads)
     entry = Entry(
@@ -195,8 +195,12 @@ def _in_onnx_runtime(place: str) -> Contender:
     return Contender(entry=entry, vocabulary=vocabulary, logits=runner_logits(runner))
 
 
-def _vocabulary(folder: OnnxFolder) -> int | None:
-    """Returns the last size of the logits; raises InputRefusedError for a graph that takes or gives something else."""
+def vocabulary_of(folder: OnnxFolder) -> int | None:
+    """Returns how many tokens a graph knows, None where it does not say.
+
+    Raises:
+        InputRefusedError: a graph that takes or gives something else than a decoder.
+    """
     graph = folder.model.graph
     outputs = {value.name: list(value.type.tensor_type.shape.dim) for value in graph.output}
     lacking = sorted((_STEP_INPUTS - {value.name for value in graph.input}) | ({_LOGITS} - outputs.keys()))
@@ -207,11 +211,13 @@ def _vocabulary(folder: OnnxFolder) -> int | None:
     return int(outputs[_LOGITS][-1].dim_value) or None if outputs[_LOGITS] else None
 
 
-def _zeros(modules: Iterable[SparseModule]) -> int:
+def pruned_zeros(modules: Iterable[SparseModule]) -> int:
+    """Returns how many numbers 2:4 pruning takes from these linears."""
     return sum(module.in_features * module.out_features // 2 for module in modules)
 
 
-def _file_bytes(place: str) -> int | None:
+def stored_bytes(place: str) -> int | None:
+    """Returns the bytes of the weight files of a checkpoint; None for a model from the hub."""
     if place.startswith(HUB_PREFIX):
         return None
     path = Path(place)

@@ -22,6 +22,7 @@ from pifa_deploy.density import density_for_rank
 from pifa_deploy.engine_record import ENGINE_JSON, EngineRecord, read_engine_json
 from pifa_deploy.errors import InputMissingError, InputRefusedError
 from pifa_deploy.onnx_folder import MANIFEST_FILE, MODEL_FILE, OnnxFolder, open_folder
+from pifa_deploy.proof import Proof, prove
 from pifa_deploy.sparse_checkpoint import PATTERN, is_sparse, validate_sparsity
 
 
@@ -59,7 +60,7 @@ def inspect_path(path: Path | str) -> Inspection:
         raise InputMissingError(f"{path}: no such file or folder")
     folder = path if path.is_dir() else path.parent
     if path.name == ENGINE_JSON or (path.is_dir() and (path / ENGINE_JSON).is_file()):
-        return _engine(read_engine_json(path))
+        return _engine(read_engine_json(path), prove(path))
     if path.name == MODEL_FILE or (path.is_dir() and (path / MODEL_FILE).is_file()):
         return _onnx(open_folder(path))
     if not (folder / "config.json").is_file() or not (path.is_dir() or path.name == "config.json"):
@@ -135,7 +136,7 @@ def _onnx(folder: OnnxFolder) -> Inspection:
     nodes = Counter(
         f"{node.domain}::{node.op_type}" if node.domain else node.op_type for node in folder.model.graph.node
     )
-    modules = _manifest_modules(folder)
+    modules = manifest_modules(folder)
     return Inspection(
         kind="onnx",
         facts={
@@ -162,7 +163,8 @@ def _onnx_sparsity(folder: OnnxFolder) -> dict[str, Any] | None:
     return {"pattern": found["pattern"], "method": found["method"], "modules": len(found["modules"])}
 
 
-def _manifest_modules(folder: OnnxFolder) -> dict[str, ModuleSpec]:
+def manifest_modules(folder: OnnxFolder) -> dict[str, ModuleSpec]:
+    """Returns the factorised linears that an ONNX folder records; raises InputRefusedError for a malformed one."""
     where = folder.path / MANIFEST_FILE
     entries = folder.manifest.get("modules") or {}
     if not isinstance(entries, Mapping):
@@ -177,11 +179,14 @@ def _manifest_modules(folder: OnnxFolder) -> dict[str, ModuleSpec]:
     return modules
 
 
-def _engine(record: EngineRecord) -> Inspection:
+def _engine(record: EngineRecord, proof: Proof) -> Inspection:
     facts = record.to_json()
     layers = facts.pop("layers")
     engines = facts.pop("engines")
     facts["layers"] = len(layers)
+    contents = proof.to_json()
+    facts["layers_read_from"] = contents.pop("source")
+    facts |= contents
     return Inspection(
         kind="engine",
         facts=facts,

@@ -47,7 +47,8 @@ def balanced_pair(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor
     basis, triangle = torch.linalg.qr(left)
     u, s, v = torch.linalg.svd(triangle @ right, full_matrices=False)
     root = s.sqrt()
-    return (basis @ u) * root, root[:, None] * v
+    # Contiguous: LAPACK's factors are not, and safetensors writes nothing else.
+    return ((basis @ u) * root).contiguous(), (root[:, None] * v).contiguous()
 
 
 def multiplications(layer: FactorisedLinear) -> int:

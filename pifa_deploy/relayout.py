@@ -1,4 +1,4 @@
-"""A PIFA checkpoint with its pivots elsewhere."""
+"""A PIFA checkpoint with its pivots elsewhere, or without any."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pifa_deploy.checkpoint import is_checkpoint, validate
+from pifa_deploy.equal_rank import to_low_rank
 from pifa_deploy.errors import InputMissingError, InputRefusedError
-from pifa_deploy.layouts import LayoutSummary, apply_layout, check_layout
+from pifa_deploy.layouts import LayoutSummary, apply_layout, check_layout, describe_layout
 from pifa_deploy.model_folder import check_finite, load_model, save_tokenizer
 from pifa_deploy.output_folder import new_folder
 from pifa_deploy.transformers_quantizer import attach
+
+LOW_RANK = "low-rank"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,7 +21,7 @@ class RelayoutOptions:
     """Where the pivots go.
 
     Attributes:
-        layout: see `layouts.apply_layout`.
+        layout: see `layouts.apply_layout`; or "low-rank": no pivots, the model as U, V of exactly the same ranks.
         force: replace an existing output folder.
     """
 
@@ -27,14 +30,15 @@ class RelayoutOptions:
 
     def __post_init__(self) -> None:
         """Raises ValueError for an unknown layout."""
-        check_layout(self.layout)
+        if self.layout != LOW_RANK:
+            check_layout(self.layout)
 
 
 def relayout_checkpoint(source: Path | str, target: Path | str, options: RelayoutOptions) -> LayoutSummary:
     """Writes the same model with its pivots where another layout wants them; ranks and dtype stay.
 
     The stored factors are multiplied out in float64 and pivoted anew, so that the new ones differ from them by the
-    rounding of their dtype only.
+    rounding of their dtype only. "low-rank" takes pairs that share the singular values evenly.
 
     Args:
         source: PIFA checkpoint folder.
@@ -55,9 +59,15 @@ def relayout_checkpoint(source: Path | str, target: Path | str, options: Relayou
     record = validate(source)
     with new_folder(target, force=options.force) as folder:
         model = load_model(source, dtype=None)
-        summary = apply_layout(model, options.layout)
+        if options.layout == LOW_RANK:
+            to_low_rank(model)
+            summary = describe_layout(model)
+        else:
+            summary = apply_layout(model, options.layout)
         details = {**record.details, "layout": {"asked": options.layout, **asdict(summary)}}
-        attach(model, source=record.source, density=record.density, details=details)
+        # The requested density was one of PIFA: the same ranks take more as U, V.
+        density = None if options.layout == LOW_RANK else record.density
+        attach(model, source=record.source, density=density, details=details)
         check_finite(model, str(source))
         model.save_pretrained(folder, save_original_format=False)
         save_tokenizer(source, folder)

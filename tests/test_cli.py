@@ -115,6 +115,7 @@ def calls(
         "build": [onnx_folder, "{out}", "--target", "rtx4090", "--max-input-len", 16, "--max-cache-len", 16],
         "verify": [onnx_folder, "--reference", checkpoint, "--decode-steps", 3],
         "evaluate": [dense, checkpoint, "--text", text, "--context", 64],
+        "bench": [checkpoint, "--prefill", 4, "--rounds", 2, "--duration", 0, "--warm-up", 0, "--device", "cpu"],
         "generate": [onnx_folder, "--prompt", "Emma", "--max-new-tokens", 4],
     }
 
@@ -130,6 +131,7 @@ KEYS = {
     "build": {"engines", "layers", "compute_capabilities"},
     "verify": {"passed", "cases", "gates", "decisions"},
     "evaluate": {"rows"},
+    "bench": {"contenders", "cases", "baseline", "passed", "command"},
     "generate": {"prompt", "text"},
 }
 

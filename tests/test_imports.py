@@ -92,6 +92,7 @@ ORDER = [
     "contenders",
     "evaluation_report",
     "lm_eval_adapter",
+    "task_comparison",
     "doctor",
     "inspection",
     "gpu_state",
@@ -123,7 +124,16 @@ ORDER = [
     "cli",
 ]
 
-OPTIONAL_LIBRARIES = ["onnxruntime", "polygraphy", "tensorrt", "tensorrt_rtx", "pynvml", "gguf", "accelerate", "lm_eval"]
+OPTIONAL_LIBRARIES = [
+    "onnxruntime",
+    "polygraphy",
+    "tensorrt",
+    "tensorrt_rtx",
+    "pynvml",
+    "gguf",
+    "accelerate",
+    "lm_eval",
+]
 
 IMPORT_ALL = """
 import importlib, json, pkgutil, sys, traceback

@@ -18,6 +18,7 @@ from torch import nn
 
 from pifa_deploy.checkpoint import ModuleSpec, validate
 from pifa_deploy.column_linear import PifaColumnLinear
+from pifa_deploy.equal_rank import to_low_rank
 from pifa_deploy.errors import FactorizationError
 from pifa_deploy.hidden_features import HiddenFeatures, hidden_features
 from pifa_deploy.layouts import apply_layout, describe_layout, layout_of, low_rank_pair
@@ -29,7 +30,6 @@ from pifa_deploy.relayout import RelayoutOptions, relayout_checkpoint
 from pifa_deploy.runners import OnnxRuntimeRunner
 from pifa_deploy.shared_pivots import shared_pivots
 from pifa_deploy.transformers_quantizer import attach, factorised_modules
-from pifa_deploy.verification import low_rank_twin
 
 pytest_plugins = ("cli_plugin",)
 
@@ -402,8 +402,9 @@ class TestCheckpointAndExport:
         expected_logits = logits(exact, ids).numpy()
         assert np.linalg.norm(found - expected_logits) <= 2e-5 * np.linalg.norm(expected_logits)
 
-    def test_the_low_rank_twin_of_a_verification_has_no_pivots_left(self, folders: dict[str, Any]) -> None:
-        twin = low_rank_twin(load_model(folders["root"] / "shared", dtype=torch.float32), torch.float32)
+    def test_the_low_rank_model_of_equal_rank_has_no_pivots_left(self, folders: dict[str, Any]) -> None:
+        twin = load_model(folders["root"] / "shared", dtype=torch.float32)
+        to_low_rank(twin)
         assert describe_layout(twin).modules == {"lowrank": 14}
         assert_same_function(twin, folders["exact"], 3.0)
 

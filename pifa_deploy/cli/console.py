@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 import threading
@@ -96,6 +97,25 @@ def result(value: Mapping[str, Any], json_path: Path | None) -> bool:
 
         write_json(json_path, value)
     return True
+
+
+def command_line() -> str:
+    """Returns the command that is running as it was given, without --json."""
+    context = click.get_current_context()
+    words = context.command_path.split()
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        given = context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
+        if not given or name == "json_path":
+            continue
+        value = context.params[name]
+        if isinstance(parameter, click.Option) and parameter.is_flag:
+            words.append((parameter.opts if value else parameter.secondary_opts)[0])
+            continue
+        several = parameter.multiple if isinstance(parameter, click.Option) else parameter.nargs == -1
+        for one in value if several else (value,):
+            words += [*([parameter.opts[0]] if isinstance(parameter, click.Option) else []), str(one)]
+    return shlex.join(words)
 
 
 def summary(text: str, json_path: Path | None) -> None:

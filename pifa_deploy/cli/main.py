@@ -30,8 +30,12 @@ _COMMANDS = {
     "plugin": ("plugin", "Build the TensorRT plugin in CUDA, or describe it."),
     "verify": ("check", "Compare an ONNX folder with its PyTorch checkpoint."),
     "evaluate": ("check", "Perplexity of checkpoints on a text."),
-    "generate": ("check", "Continue a prompt through ONNX Runtime."),
+    "compare-tasks": ("compare", "Compare two lm-eval runs, example by example."),
+    "bench": ("bench", "Latency, memory and energy of contenders, side by side."),
+    "report": ("report", "One report of all results: JSON, Markdown, JUnit, HTML."),
+    "generate": ("generate", "Continue a prompt with an ONNX folder or an engine."),
     "advise": ("advise", "Bound what a GPU can gain, from its datasheet."),
+    "ci": ("ci", "Run a whole pipeline file, with gates and a report."),
     "demo": ("demo", "Run the whole flow on a real model."),
 }
 
@@ -46,7 +50,7 @@ class _LazyGroup(click.Group):
         if cmd_name not in _COMMANDS:
             return None
         module = importlib.import_module(f"pifa_deploy.cli.{_COMMANDS[cmd_name][0]}")
-        command: click.Command = getattr(module, f"{cmd_name}_command")
+        command: click.Command = getattr(module, f"{cmd_name.replace('-', '_')}_command")
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

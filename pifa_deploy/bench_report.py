@@ -1,0 +1,274 @@
+"""What `bench` measured, what is wrong with it, and whether it passes: figures first, then the judgement of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from pifa_deploy.environment import Environment, Load
+from pifa_deploy.gpu_state import GpuState
+from pifa_deploy.latency import Laps
+from pifa_deploy.timed_contenders import TimedContender
+from pifa_deploy.timing_statistics import SpeedUp, TimeStatistics, time_statistics
+
+SCHEMA = 1
+# trtexec warns of a coefficient of variation above this.
+UNSTABLE_CV = 0.025
+# Fewer rounds give an interval that is narrower than it says (tests/test_timing_statistics.py).
+FEW_ROUNDS = 10
+# Processors that others may keep busy before a measurement on a CPU is called disturbed.
+BUSY_CPUS = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """One case: tokens read in a step by each sequence of a batch, behind `past` others."""
+
+    phase: str
+    batch: int
+    tokens: int
+    past: int
+
+    @property
+    def label(self) -> str:
+        """What a table is called."""
+        what = f"prefill {self.tokens}" if self.phase == "prefill" else f"decode at {self.past}"
+        return what if self.batch == 1 else f"{what}, batch {self.batch}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One contender in one case.
+
+    Attributes:
+        name: of the contender.
+        laps: every launch.
+        tokens: of one launch, over all sequences.
+        speed_up: baseline latency / this one's, by rounds.
+        joules: of one launch, None where nothing measures them.
+        bound_ms: least time of the linears, None where nothing was bounded.
+    """
+
+    name: str
+    laps: Laps
+    tokens: int
+    speed_up: SpeedUp
+    joules: float | None = None
+    bound_ms: float | None = None
+
+    @property
+    def latency(self) -> TimeStatistics:
+        """Statistics of the latency on the host."""
+        return time_statistics(self.laps.latency_ms)
+
+    @property
+    def gpu_compute(self) -> TimeStatistics | None:
+        """Statistics of the GPU compute time, None on a CPU."""
+        return time_statistics(self.laps.gpu_compute_ms) if self.laps.gpu_compute_ms else None
+
+    @property
+    def enqueue(self) -> TimeStatistics | None:
+        """Statistics of the enqueue time, None on a CPU."""
+        return time_statistics(self.laps.enqueue_ms) if self.laps.enqueue_ms else None
+
+    @property
+    def cv(self) -> float:
+        """Coefficient of variation of the GPU compute time, on a CPU of the latency, as trtexec judges stability."""
+        return (self.gpu_compute or self.latency).cv
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens a second at the median latency."""
+        return self.tokens / self.latency.median * 1e3
+
+    @property
+    def bound_fraction(self) -> float | None:
+        """Bound relative to the measured time: 1 is the limit of the hardware."""
+        if self.bound_ms is None:
+            return None
+        return self.bound_ms / (self.gpu_compute or self.latency).median
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the figures as JSON values; inputs and outputs stay on the device, so that copies have no time."""
+        return {
+            "name": self.name,
+            "latency_ms": self.latency.to_json(),
+            "gpu_compute_ms": self.gpu_compute.to_json() if self.gpu_compute else None,
+            "enqueue_ms": self.enqueue.to_json() if self.enqueue else None,
+            "h2d_ms": None,
+            "d2h_ms": None,
+            "tokens_per_s": self.tokens_per_s,
+            "joules_per_token": None if self.joules is None else self.joules / self.tokens,
+            "speed_up": self.speed_up.to_json(),
+            "bound_ms": self.bound_ms,
+            "bound_fraction": self.bound_fraction,
+            "samples_ms": self.laps.latency_ms,
+            "round_ms": self.laps.round_ms,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One size, measured.
+
+    Attributes:
+        size: what was run.
+        rows: one for each contender.
+        load: how busy the machine was.
+        before: the GPU before the rounds, None without one.
+        after: the GPU right after them.
+    """
+
+    size: Size
+    rows: tuple[Row, ...]
+    load: Load
+    before: GpuState | None = None
+    after: GpuState | None = None
+
+    def to_json(self, max_spread: float | None) -> dict[str, Any]:
+        """Returns the case as JSON values."""
+        return {
+            **asdict(self.size),
+            "rows": [row.to_json() for row in self.rows],
+            "load": self.load.to_json(),
+            "gpu": [state.to_json() for state in (self.before, self.after) if state is not None],
+            "warnings": list(warnings_of(self, max_spread)),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchGates:
+    """What has to hold.
+
+    Attributes:
+        speed_up: contender -> least speed-up in every case; the lower end of the interval has to reach it.
+        max_spread: largest coefficient of variation; decides only where a speed-up is asked for, else it is a warning.
+    """
+
+    speed_up: Mapping[str, float] = field(default_factory=dict)
+    max_spread: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a limit that is not positive."""
+        for name, limit in {**self.speed_up, "max_spread": self.max_spread}.items():
+            if limit is not None and not limit > 0:
+                raise ValueError(f"the limit for {name} is {limit}, expected a positive number")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """One figure held against its limit."""
+
+    name: str
+    value: float
+    limit: float
+    passed: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchReport:
+    """Everything that was measured; true unless a gate failed.
+
+    Attributes:
+        environment: the machine.
+        options: what was asked, JSON values.
+        contenders: what was timed, without what ran it.
+        memory: contender -> "weights_bytes", "activations_bytes", "peak_bytes" and more where `--memory` asked for it.
+        baseline: whose time speed-ups are relative to.
+        fixed: what compressed contenders have in common: "density", "rank" or None.
+        cases: the sizes.
+        gates: what has to hold.
+    """
+
+    environment: Environment
+    options: Mapping[str, Any]
+    contenders: tuple[TimedContender, ...]
+    memory: Mapping[str, Mapping[str, int | None]]
+    baseline: str
+    fixed: str | None
+    cases: tuple[Case, ...]
+    gates: BenchGates
+
+    def __bool__(self) -> bool:
+        return self.passed is not False
+
+    @property
+    def decisions(self) -> tuple[Decision, ...]:
+        """Every gate."""
+        return judge(self.cases, self.gates)
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether every gate holds; None where there is none."""
+        return all(one.passed for one in self.decisions) if self.decisions else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns everything as JSON values."""
+        return {
+            "artefact": "bench",
+            "schema": SCHEMA,
+            "environment": {**self.environment.to_json(), "clocks": self._clocks()},
+            "options": dict(self.options),
+            "contenders": [{**one.to_json(), "memory": dict(self.memory[one.name])} for one in self.contenders],
+            "baseline": self.baseline,
+            "fixed": self.fixed,
+            "cases": [case.to_json(self.gates.max_spread) for case in self.cases],
+            "decisions": [asdict(one) for one in self.decisions],
+            "passed": self.passed,
+        }
+
+    def _clocks(self) -> dict[str, int | None] | None:
+        """Returns the GPU's clocks after the first case, None without a GPU."""
+        state = self.cases[0].after
+        if state is None:
+            return None
+        return {name: getattr(state, name) for name in ("sm_mhz", "memory_mhz", "max_sm_mhz")}
+
+
+def judge(cases: tuple[Case, ...], gates: BenchGates) -> tuple[Decision, ...]:
+    """Returns a decision for each case and gate; () where no speed-up was asked for."""
+    found = []
+    for case in cases:
+        rows = {row.name: row for row in case.rows}
+        for name, limit in gates.speed_up.items():
+            low = rows[name].speed_up.low
+            label = f"{case.size.label}: speed-up of {name}, lower end"
+            found.append(Decision(name=label, value=low, limit=limit, passed=low >= limit))
+        if gates.speed_up and gates.max_spread is not None:
+            worst = max(row.cv for row in case.rows)
+            label = f"{case.size.label}: largest coefficient of variation"
+            found.append(Decision(name=label, value=worst, limit=gates.max_spread, passed=worst <= gates.max_spread))
+    return tuple(found)
+
+
+def warnings_of(case: Case, max_spread: float | None) -> tuple[str, ...]:
+    """Returns what makes the times of a case doubtful, in trtexec's manner."""
+    found = []
+    limit = UNSTABLE_CV if max_spread is None else max_spread
+    for row in case.rows:
+        gpu, enqueue = row.gpu_compute, row.enqueue
+        if gpu and enqueue and enqueue.median >= gpu.median:
+            found.append(
+                f"{row.name}: enqueue-bound, enqueue time {enqueue.median:.3g} ms, GPU compute time {gpu.median:.3g} "
+                "ms; --cuda-graph may help"
+            )
+        if row.cv > limit:
+            found.append(f"{row.name}: unstable, coefficient of variation {row.cv:.1%}, above {limit:.1%}")
+    if len(case.rows[0].laps.rounds) < FEW_ROUNDS:
+        found.append(f"{len(case.rows[0].laps.rounds)} rounds: intervals are too narrow below {FEW_ROUNDS}")
+    found += _disturbances(case)
+    return tuple(found)
+
+
+def _disturbances(case: Case) -> list[str]:
+    found, after = [], case.after
+    if after is not None and after.slowdowns:
+        found.append(f"the GPU held its clocks down: {', '.join(after.slowdowns)}")
+    if case.before is not None and case.before.other_processes:
+        found.append(f"{case.before.other_processes} other processes use the GPU")
+    if after is None and (case.load.other_cpus or 0) > BUSY_CPUS:
+        found.append(f"busy machine: other processes used {case.load.other_cpus:.2f} CPUs meanwhile")
+    if (case.load.stolen_cpus or 0) > BUSY_CPUS:
+        found.append(f"the hypervisor took {case.load.stolen_cpus:.2f} CPUs away meanwhile")
+    return found

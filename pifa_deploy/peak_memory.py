@@ -1,0 +1,106 @@
+"""The memory of one contender, measured in a process of its own: contenders of one process share what they hold."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pifa_deploy.errors import StageFailedError
+from pifa_deploy.timed_contenders import RunOptions, drawn_step, open_timed
+
+_STATUS = Path("/proc/self/status")
+_RESULT = "PEAK_MEMORY "
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeakMemory:
+    """Bytes at the largest case.
+
+    Attributes:
+        peak_bytes: resident memory of the process at its peak; on a GPU what the process took of the GPU's memory.
+        host_bytes: resident memory of the process at its peak.
+        libraries_bytes: resident memory before the model was loaded: Python and its libraries.
+        activations_bytes: peak beyond the weights as PyTorch's allocator on the GPU counts it; None elsewhere.
+    """
+
+    peak_bytes: int
+    host_bytes: int
+    libraries_bytes: int
+    activations_bytes: int | None
+
+
+def measure_memory(
+    place: str, steps: Sequence[tuple[int, int, int]], options: RunOptions, *, timeout_s: float = 3600
+) -> PeakMemory:
+    """Runs every step once in a new process and returns the peaks.
+
+    Args:
+        place: as `open_timed`.
+        steps: (batch, tokens, past) of each.
+        options: on what to run.
+        timeout_s: after which the process is ended.
+
+    Raises:
+        StageFailedError: the process failed, died or took too long.
+    """
+    request = json.dumps({"place": place, "steps": list(steps), "options": asdict(options)})
+    command = [sys.executable, "-m", "pifa_deploy.peak_memory", request]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        raise StageFailedError(f"{place}: measuring its memory took more than {timeout_s:g} s, and was ended") from None
+    lines = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
+    if done.returncode != 0 or not lines:
+        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise StageFailedError(
+            f"{place}: the process that measures its memory ended with status {done.returncode}: {last[:300]}; "
+            "it may need more memory than there is, leave out --memory"
+        )
+    return PeakMemory(**json.loads(lines[-1].removeprefix(_RESULT)))
+
+
+def status_bytes(status: str, field: str) -> int:
+    """Returns a figure of /proc/PID/status, such as VmHWM; 0 where there is none."""
+    found = re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(found[1]) * 1024 if found else 0
+
+
+def _main(request: dict[str, Any]) -> PeakMemory:
+    options = RunOptions(**request["options"])
+    on_gpu = options.chosen_device == "cuda" and torch.cuda.is_available()
+    libraries, free = _resident("VmRSS"), [torch.cuda.mem_get_info()[0]] if on_gpu else []
+    contender = open_timed("child", request["place"], options)
+    loaded = torch.cuda.memory_allocated() if on_gpu else 0
+    for batch, tokens, past in request["steps"]:
+        call = contender.timed(drawn_step(tokens, past, batch=batch, vocabulary=contender.vocabulary or 1))
+        call.launch()
+        call.wait()
+        if on_gpu:  # while the call still holds what it needs
+            free.append(torch.cuda.mem_get_info()[0])
+        call.close()
+    host = _resident("VmHWM")
+    by_torch = torch.cuda.max_memory_allocated() - loaded if on_gpu and contender.runtime == "torch" else None
+    return PeakMemory(
+        peak_bytes=free[0] - min(free) if on_gpu else host,
+        host_bytes=host,
+        libraries_bytes=libraries,
+        activations_bytes=by_torch,
+    )
+
+
+def _resident(field: str) -> int:
+    # Not getrusage: its peak starts with that of the process that made this one.
+    return status_bytes(_STATUS.read_text(encoding="utf-8"), field) if _STATUS.exists() else 0
+
+
+if __name__ == "__main__":
+    result = _main(json.loads(sys.argv[1]))
+    sys.stdout.write(f"{_RESULT}{json.dumps(asdict(result))}\n")
