@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Collects what a bare GPU machine lacks into gpu-bundle/: TensorRT's headers, and the plugin library built for
-# Ampere, Hopper and Blackwell where there is no nvcc. perf/gpu_check.sh uses both where it finds them.
+# Collects what a bare GPU machine lacks into gpu-bundle/: TensorRT's headers, the plugin library built for Ampere, Hopper
+# and Blackwell where there is no nvcc, and small models for engines. perf/gpu_check.sh uses them where it finds them.
 #
 #   perf/gpu_bundle.sh [FOLDER]     FOLDER: gpu-bundle, which git ignores
 #
@@ -25,6 +25,7 @@ cp "$headers"/NvInfer*.h "$new/bundle/tensorrt-headers/"
 "$python" -m pifa_deploy.cli.main plugin build "$new/build" --archs "${PIFA_ARCHS:-80,90,120}" \
     --tensorrt-root "$new/bundle/tensorrt-headers"
 cp "$new/build/libpifa_plugin.so" "$new/bundle/"
+"$python" perf/bundle_models.py "$new/bundle/models"
 bytes=$(du -sb "$new/bundle" | cut -f 1)
 if [ "$bytes" -gt "$most_bytes" ]; then
     echo "gpu_bundle.sh: the bundle has $bytes bytes, expected at most $most_bytes; name fewer PIFA_ARCHS" >&2

@@ -3,12 +3,12 @@
 # the plugin's enqueue, compute-sanitizer and the benchmarks, and prints a short table last. Wants nvcc, g++, Python with
 # PyTorch and pytest; no network, no CMake, no TensorRT. What `make gpu-bundle` collected is used where it is there.
 #
-#   perf/gpu_check.sh [--out DIR] [--seconds N]     DIR: perf/results/gpu; N: at most so long in all, 580
+#   perf/gpu_check.sh [--out DIR] [--seconds N]     DIR: perf/results/gpu; N: at most so long in all, 580; a fifth to build
 #
 # A stage that takes longer than its share is ended and "not decided". Results are written after every stage.
 # Exit codes: 0 passed, 1 a check failed, 3 not decided (no GPU, no time, or a tool does not work), 4 the build failed.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 2
 
 out=perf/results/gpu
 seconds=580
@@ -21,7 +21,8 @@ while [ $# -gt 0 ]; do
 done
 mkdir -p "$out"
 out=$(cd "$out" && pwd)
-rm -f "$out"/{environment,tests,sanitizer}.txt "$out"/bench_linear.{json,md,png} "$out"/{bench_model.json,summary.md}
+rm -f "$out"/{environment,tests,sanitizer,engines}.txt "$out"/bench_linear.{json,md,png}
+rm -f "$out"/{bench_model,engines}.json "$out/summary.md"
 python=${PYTHON:-python3}
 bundle=$PWD/gpu-bundle
 build=$(mktemp -d)
@@ -41,10 +42,12 @@ summary() {
         grep -E '\| 0\.5 \| (1|16|2048) \|' "$out/bench_linear.md"
         tail -n 1 "$out/bench_linear.md"
     fi
-    if [ -s "$build/model.log" ]; then
+    local log
+    for log in "$build/model.log" "$out/engines.txt"; do
+        [ -s "$log" ] || continue
         echo
-        grep '^|' "$build/model.log"
-    fi
+        grep '^|' "$log"
+    done
 }
 
 # note STAGE RESULT DETAIL: RESULT is passed, failed or "not decided".
@@ -104,6 +107,7 @@ compile() {
     local jobs=() job status=0 flags=(-std=c++17 -O3 -gencode "arch=compute_$arch,code=sm_$arch" -Xcompiler -fPIC)
     one() { "$nvcc" "${flags[@]}" "${@:2}" -c "$1" -o "$build/$(basename "$1").o" >"$build/$(basename "$1").log" 2>&1; }
     one plugins/pifaLinear/pifaLinear.cu -Xptxas -v & jobs+=($!)
+    one plugins/pifaLinear/cooperativeProducts.cu -Xptxas -v & jobs+=($!)
     one plugins/pifaLinear/cublasLtProduct.cu & jobs+=($!)
     one plugins/tests/kernelsSanitizer.cu -lineinfo & jobs+=($!)
     if [ -n "$headers" ]; then
@@ -115,8 +119,9 @@ compile() {
     fi
     for job in "${jobs[@]}"; do wait "$job" || status=1; done
     [ $status -eq 0 ] || return 1
-    local kernels=("$build"/{pifaLinear,cublasLtProduct}.cu.o) link=("$nvcc" -cudart static)
-    "${link[@]}" -shared "${kernels[@]}" $(ls "$build"/pifaLinear*.cpp.o 2>/dev/null) -ldl -o "$build/libpifa_plugin.so" \
+    local kernels=("$build"/{pifaLinear,cooperativeProducts,cublasLtProduct}.cu.o) link=("$nvcc" -cudart static) layer=()
+    [ -z "$headers" ] || layer=("$build"/pifaLinear*.cpp.o)
+    "${link[@]}" -shared "${kernels[@]}" "${layer[@]}" -ldl -o "$build/libpifa_plugin.so" \
         -Xlinker --version-script=plugins/cmake/exports.map >"$build/link.log" 2>&1 || return 1
     "${link[@]}" "$build/kernelsSanitizer.cu.o" "${kernels[@]}" -ldl -o "$build/sanitizer" >>"$build/link.log" 2>&1 || return 1
     [ -z "$headers" ] || "${link[@]}" "$build/host.cpp.o" -ldl -lpthread -o "$build/host" >>"$build/link.log" 2>&1
@@ -126,16 +131,21 @@ export nvcc arch build headers
 
 began=$SECONDS
 if [ -n "$nvcc" ]; then
-    within 120 bash -c compile
+    within $((seconds / 5)) bash -c compile
     status=$?
+    if [ $status -eq 124 ]; then
+        note build "not decided" "its time was over; sm_$arch with $nvcc"
+        finish 3
+    fi
     if [ $status -ne 0 ]; then
         tail -n 20 "$build"/*.log
         note build failed "exit code $status; sm_$arch with $nvcc"
         finish 4
     fi
     library=$build/libpifa_plugin.so
-    spills=$(grep -c -E ' [1-9][0-9]* bytes spill stores' "$build/pifaLinear.cu.log")
-    most=$(grep -o -E 'Used [0-9]+ registers' "$build/pifaLinear.cu.log" | grep -o -E '[0-9]+' | sort -n | tail -n 1)
+    cat "$build"/{pifaLinear,cooperativeProducts}.cu.log >"$build/ptxas.log"
+    spills=$(grep -c -E ' [1-9][0-9]* bytes spill stores' "$build/ptxas.log")
+    most=$(grep -o -E 'Used [0-9]+ registers' "$build/ptxas.log" | grep -o -E '[0-9]+' | sort -n | tail -n 1)
     note build passed "sm_$arch in $((SECONDS - began)) s, $spills kernels spill, at most $most registers"
 elif [ -f "$bundle/libpifa_plugin.so" ]; then
     library=$bundle/libpifa_plugin.so
@@ -156,18 +166,17 @@ print(f"1000 tokens go to {kernels.chosen_path(problem).name.lower()}; GEMM: {ke
 PYTHON
 status=$?
 judge load $status "$(tail -n 1 "$build/load.log")"
-[ $status -eq 0 ] || finish 1
+[ $status -eq 0 ] || finish
 
 if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
     note tests "not decided" "no GPU"
     finish 3
 fi
 
-# tests SECONDS STAGE -k EXPRESSION
+# tests SECONDS STAGE ARGUMENTS...
 tests() {
     local began=$SECONDS
-    within "$1" "$python" -m pytest --noconftest -p no:cacheprovider -q -m gpu tests/test_kernels_gpu.py "${@:3}" \
-        >"$build/tests.log" 2>&1
+    within "$1" "$python" -m pytest -p no:cacheprovider -q -m gpu "${@:3}" >"$build/tests.log" 2>&1
     local status=$?
     { echo "== $2"; cat "$build/tests.log"; } >>"$out/tests.txt"
     [ $status -eq 0 ] || tail -n 40 "$build/tests.log"
@@ -176,8 +185,16 @@ tests() {
     judge "$2" $status "$(tail -n 1 "$build/tests.log"); $((SECONDS - began)) s"
 }
 if "$python" -c 'import pytest' 2>/dev/null; then
-    tests 110 "tests" -k "not two_to_the_31"
-    tests 40 "beyond 2^31 elements" -k "two_to_the_31"
+    kernel_tests=(--noconftest tests/test_kernels_gpu.py)
+    tests 100 "tests" "${kernel_tests[@]}" -k "not two_to_the_31"
+    tests 40 "beyond 2^31 elements" "${kernel_tests[@]}" -k "two_to_the_31"
+    # The other tests that are marked gpu need the whole package.
+    mapfile -t others < <(grep -l 'mark\.gpu' tests/test_*.py | grep -v test_kernels_gpu)
+    if "$python" -c 'import click, onnx, onnx_ir, onnxruntime, transformers' 2>/dev/null; then
+        tests 60 "tests of the package" "${others[@]}"
+    else
+        note "tests of the package" "not decided" "click, onnx, onnx_ir, onnxruntime and transformers are not all installed"
+    fi
 else
     note tests "not decided" "$python has no pytest"
 fi
@@ -220,6 +237,16 @@ for tool in memcheck racecheck initcheck synccheck; do
     fi
     judge "$tool" $status "$detail"
 done
+
+# Engines of a small model, built and run here where TensorRT is installed.
+models=$bundle/models
+if [ -d "$models" ]; then
+    within 90 "$python" perf/check_engine.py "$models" --library "$library" --out "$out/engines.json" \
+        >"$out/engines.txt" 2>"$build/error.log"
+    judge "engines" $? "$(cat "$out/engines.txt" "$build/error.log" | tail -n 1)"
+else
+    note "engines" "not decided" "there is no gpu-bundle/models; make gpu-bundle where there is a network"
+fi
 
 within 60 "$python" perf/bench_model.py --library "$library" --out "$out/bench_model.json" --seconds 35 \
     >"$build/model.log" 2>"$build/error.log"

@@ -23,6 +23,8 @@ PARTS = {
     (22016, 4096): (11008, 11008),
     (6144, 4096): (4096, 1024, 1024),
     (28672, 4096): (14336, 14336),
+    (15360, 5120): (5120, 5120, 5120),
+    (27648, 5120): (13824, 13824),
     (960, 576): (576, 192, 192),
     (3072, 576): (1536, 1536),
 }
@@ -192,6 +194,10 @@ def pifa_decode(s: Setting) -> Instance:
     return _pifa_kernels(s, KernelPath.DECODE, index=False)
 
 
+def pifa_cooperative(s: Setting) -> Instance:
+    return _pifa_kernels(s, KernelPath.COOPERATIVE, index=False)
+
+
 def pifa_gemm_index(s: Setting) -> Instance:
     return _pifa_kernels(s, KernelPath.GEMM, index=True)
 
@@ -232,6 +238,7 @@ CONTENDERS: dict[str, Callable[[Setting], Instance]] = {
     "PIFA, plain operators": pifa_plain,
     "PIFA decode, index": pifa_decode_index,
     "PIFA decode": pifa_decode,
+    "PIFA decode, one launch": pifa_cooperative,
     FUSED: pifa_decode_fused,
     "PIFA GEMM, index": pifa_gemm_index,
     "PIFA GEMM": pifa_gemm,

@@ -1,20 +1,24 @@
 """A LLaMA decoder's layers in plain PyTorch, whose linears may be of several kinds: for perf/bench_model.py.
 
 The linears that read the same input are made together, so that each kind can share what it can: dense and 2:4 stack
-q·k·v and gate·up into one matrix, low-rank stacks the first factors, our kernels share their launches. There is no
-embedding and no output head: they are dense in every contender.
+q·k·v and gate·up into one matrix, low-rank stacks the first factors, our kernels share their launches or, in a row of
+their own, do not. There is no embedding and no output head: they are dense in every contender.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from linear_contenders import Setting, pivot_layer, two_four_weight
+from torch import nn
 from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
-from pifa_deploy.cuda_kernels import Kernels, apply_group
+from pifa_deploy.cuda_kernels import Kernels, PivotLayer, apply, apply_group
+from pifa_deploy.launch_groups import group_launches
+from pifa_deploy.linear import PifaLinear
 
 Together = Callable[[torch.Tensor], list[torch.Tensor]]
 EPSILON = 1e-5
@@ -84,14 +88,54 @@ def _pivot_plain(settings: list[Setting]) -> Together:
     return call
 
 
-def _pivot_kernels(settings: list[Setting]) -> Together:
+def _module(layer: PivotLayer) -> PifaLinear:
+    rank, n = layer.pivot_weight.shape
+    with torch.device("meta"):
+        module = PifaLinear(n, rank + layer.coefficients.shape[0], rank)
+    module.pivot_weight = nn.Parameter(layer.pivot_weight, requires_grad=False)
+    module.coefficients = nn.Parameter(layer.coefficients, requires_grad=False)
+    module.pivot_rows = torch.arange(rank, dtype=torch.int32, device=layer.pivot_weight.device)
+    module.derive_output_index()
+    return module
+
+
+class _Siblings(nn.Module):
+    """Modules that read the same x, as a model has them."""
+
+    def __init__(self, layers: list[PivotLayer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(_module(layer) for layer in layers)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [layer(x) for layer in self.layers]
+
+
+def _prepared(settings: list[Setting]) -> tuple[Kernels, list[PivotLayer]]:
     kernels = settings[0].kernels
     if kernels is None:
         raise RuntimeError("no kernel library")
     layers = [pivot_layer(s, index=False) for s in settings]
     for layer in layers:
-        kernels.prepare(layer.problem(2048))
-    return lambda x: apply_group(kernels, layers, x)
+        for tokens in (1, 2048):
+            kernels.prepare(layer.problem(tokens))
+    return kernels, layers
+
+
+def _pivot_kernels(settings: list[Setting]) -> Together:
+    kernels, layers = _prepared(settings)
+    if len(layers) == 1:
+        return lambda x: apply_group(kernels, layers, x)
+    siblings = _Siblings(layers)
+    # Not drawn: every kind has the same weights for the same seed.
+    x = layers[0].pivot_weight.new_zeros(1, settings[0].in_features)
+    groups = group_launches(siblings, partial(apply_group, kernels), example={"x": x})
+    assert [len(paths) for paths in groups.paths] == [len(layers)]
+    return siblings
+
+
+def _pivot_kernels_alone(settings: list[Setting]) -> Together:
+    kernels, layers = _prepared(settings)
+    return lambda x: [apply(kernels, layer, x) for layer in layers]
 
 
 KINDS: dict[str, Callable[[list[Setting]], Together]] = {
@@ -101,6 +145,7 @@ KINDS: dict[str, Callable[[list[Setting]], Together]] = {
     "low-rank, equal density": _low_rank,
     "PIFA, plain operators": _pivot_plain,
     "PIFA, our kernels": _pivot_kernels,
+    "PIFA, our kernels, a launch each": _pivot_kernels_alone,
 }
 
 

@@ -31,6 +31,7 @@ class KernelPath(IntEnum):
     AUTO = 0
     DECODE = 1
     GEMM = 2
+    COOPERATIVE = 3
 
 
 class KernelError(PifaDeployError):
@@ -137,7 +138,7 @@ class Kernels:
         self._failed(self._library.pifaLinearEnqueue(_structure(problem), _pointers(buffers), path, stream), problem)
 
     def enqueue_group(self, calls: Sequence[tuple[KernelProblem, Tensors]], *, path: KernelPath, stream: int) -> None:
-        """Enqueues layers that read the same x, as `enqueue` does; the decode path takes two launches for all."""
+        """Enqueues layers that read the same x, as `enqueue` does; when few tokens decode, in one or two launches."""
         problems = (_Problem * len(calls))(*(_structure(problem) for problem, _ in calls))
         buffers = (_Buffers * len(calls))(*(_pointers(each) for _, each in calls))
         self._failed(self._library.pifaLinearEnqueueGroup(problems, buffers, len(calls), path, stream), calls[0][0])
@@ -226,7 +227,9 @@ def apply_group(
     """Runs up to eight layers in the row form that read the same x: q, k and v. Otherwise as `apply`."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     if path is KernelPath.AUTO:
-        path = kernels.chosen_path(layers[0].problem(rows.shape[0]))
+        # Only whether one launch serves may differ from layer to layer.
+        chosen = {kernels.chosen_path(layer.problem(rows.shape[0])) for layer in layers}
+        path = chosen.pop() if len(chosen) == 1 else KernelPath.DECODE
     outputs, calls = [], []
     for layer in layers:
         problem = layer.problem(rows.shape[0])

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pifa_deploy.plugin_build import BuildTools, build_tools
 from pifa_deploy.targets import RTX, SERVED, TENSORRT, LocalGpu, local_gpus
 
 # module -> the distributions that install it; the first one found gives the version.
@@ -92,7 +93,7 @@ def diagnose() -> Diagnosis:
         packages=packages,
         onnxruntime_providers=_providers() if packages["onnxruntime"] else (),
         gpus=gpus,
-        capabilities=judge(packages, gpus),
+        capabilities=(*judge(packages, gpus), judge_plugin(build_tools())),
     )
 
 
@@ -106,6 +107,24 @@ def judge(packages: Mapping[str, str | None], gpus: tuple[LocalGpu, ...]) -> tup
         _build_on_gpu(packages, gpus),
         _RUN_ENGINE,
     )
+
+
+def judge_plugin(tools: BuildTools) -> Capability:
+    """Returns whether the CUDA plugin can be built with these tools; TensorRT's headers can be downloaded."""
+    missing, install = "", ""
+    if not tools.source:
+        missing, install = "its sources are not here", "clone the repository and run `pip install -e .` in it"
+    elif tools.nvcc is None:
+        missing, install = "nvcc missing", "install the CUDA toolkit (12.0 or newer) or set CUDA_HOME"
+    if missing:
+        return Capability(name="build plugin", available=False, reason=missing, install=install)
+    reason = f"{tools.nvcc}, {'CMake' if tools.cmake else 'without CMake'}, "
+    reason += (
+        "TensorRT's headers found"
+        if tools.headers
+        else "TensorRT's headers by --fetch-headers (1 MB) or --tensorrt-root"
+    )
+    return Capability(name="build plugin", available=True, reason=reason)
 
 
 def rows(diagnosis: Diagnosis) -> tuple[tuple[tuple[str, str], ...], tuple[tuple[str, str, str, str], ...]]:

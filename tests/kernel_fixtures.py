@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +86,22 @@ def random_layer(case: Case, seed: int, device: str) -> tuple[PivotLayer, torch.
         bias=normal(m) if case.bias else None,
     )
     return layer, normal(case.tokens, n)
+
+
+def small_layer(index: torch.Tensor | None = None, form: str = "row") -> tuple[PivotLayer, torch.Tensor]:
+    case = Case(
+        dtype=torch.float32,
+        form=form,
+        tokens=3,
+        in_features=12,
+        out_features=12,
+        rank=4,
+        index=False,
+        bias=False,
+        path=KernelPath.DECODE,
+    )
+    layer, x = random_layer(case, 1, "cpu")
+    return replace(layer, index=index), x
 
 
 def expected_and_bound(layer: PivotLayer, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

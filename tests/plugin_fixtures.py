@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pifa_deploy.errors import MissingCapabilityError
-from pifa_deploy.plugin_library import PluginBuildOptions, build_library
+from pifa_deploy.plugin_build import PluginBuildOptions, build_library
 
 ARCHITECTURE = "86"
 

@@ -7,11 +7,13 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pifa_deploy import doctor
-from pifa_deploy.doctor import Capability, diagnose, installed_version, judge, rows
+from pifa_deploy.doctor import Capability, diagnose, installed_version, judge, judge_plugin, rows
+from pifa_deploy.plugin_build import BuildTools
 from pifa_deploy.targets import LocalGpu
 
 ALL = dict.fromkeys(doctor._DISTRIBUTIONS, "1.0")
@@ -106,3 +108,24 @@ def test_nothing_heavy_is_imported() -> None:
     root = Path(__file__).resolve().parents[1]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("tools", "available", "words"),
+    [
+        ({}, True, "/cuda/bin/nvcc, CMake, TensorRT's headers found"),
+        ({"headers": False}, True, "CMake, TensorRT's headers by --fetch-headers (1 MB) or --tensorrt-root"),
+        ({"cmake": False}, True, "without CMake, TensorRT's headers found"),
+        ({"nvcc": None}, False, "nvcc missing; install the CUDA toolkit (12.0 or newer) or set CUDA_HOME"),
+        ({"source": False}, False, "its sources are not here; clone the repository and run `pip install -e .` in it"),
+    ],
+)
+def test_building_the_plugin_wants_its_sources_and_nvcc(tools: dict[str, Any], available: bool, words: str) -> None:
+    everything = {"nvcc": "/cuda/bin/nvcc", "cmake": True, "headers": True, "source": True}
+    found = judge_plugin(BuildTools(**{**everything, **tools}))
+    assert (found.name, found.available) == ("build plugin", available)
+    assert "; ".join(filter(None, [found.reason, found.install])).endswith(words)
+
+
+def test_the_plugins_row_stands_behind_the_others() -> None:
+    assert diagnose().capabilities[-1].name == "build plugin"

@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-PATHS = (KernelPath.DECODE, KernelPath.GEMM)
+PATHS = (KernelPath.DECODE, KernelPath.GEMM, KernelPath.COOPERATIVE)
 TOKENS = (0, 1, 2, 15, 16, 17, 128, 1000)
 SIZES = (1, 7, 8, 15, 16, 17, 31, 33, 64, 576, 1000, 1536)
 BIG_BYTES = 60 << 30
@@ -53,7 +53,7 @@ def cases(dtype: torch.dtype, form: str) -> Iterator[Case]:
                 rank=draw.choice(sorted({1, max(1, least // 2), max(1, least - 1), least})),
                 index=number % 2 == 1,
                 bias=number % 4 >= 2,
-                path=PATHS[number % 3 % 2],
+                path=PATHS[number % 3],
             )
 
 
@@ -66,7 +66,10 @@ def this_stream() -> int:
 def test_outputs_stay_within_the_rounding_bound(kernels: Kernels, dtype: torch.dtype, form: str) -> None:
     for seed, case in enumerate(cases(dtype, form)):
         layer, x = random_layer(case, seed, "cuda")
-        y, untouched = run_guarded(kernels, layer, x, case.path, this_stream())
+        # Odd sizes have no cooperative kernel.
+        served = kernels.check(layer.problem(case.tokens), case.path) is None
+        path = case.path if served or case.path is KernelPath.GEMM else KernelPath.DECODE
+        y, untouched = run_guarded(kernels, layer, x, path, this_stream())
         assert worst_error(layer, x, y) <= 2, case
         assert untouched, case
 
@@ -111,12 +114,37 @@ def test_layers_of_one_x_give_in_one_call_what_each_gives_alone(
     assert all(worst_error(layer, x, y) <= 2 for layer, y in zip(layers, alone, strict=True))
 
 
-def test_a_graph_of_groups_replays_what_the_stream_gives(kernels: Kernels) -> None:
+@pytest.mark.parametrize("form", ["row", "column"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_cooperative_launch_gives_the_bits_of_two(kernels: Kernels, dtype: torch.dtype, form: str) -> None:
+    draw = random.Random(0)
+    for seed in range(24):
+        n, m = (8 * draw.choice((1, 2, 5, 72, 192, 512)) for _ in range(2))
+        case = Case(
+            dtype=dtype,
+            form=form,
+            tokens=draw.choice((1, 2, 3, 8, 17)),
+            in_features=n,
+            out_features=m + (seed % 7 if form == "row" else 0),
+            rank=8 * draw.randint(1, min(n, m) // 8),
+            index=form == "row" and seed % 2 == 0,
+            bias=seed % 3 == 0,
+            path=KernelPath.COOPERATIVE,
+        )
+        layer, x = random_layer(case, seed, "cuda")
+        kernels.prepare(layer.problem(case.tokens), case.path)
+        y, untouched = run_guarded(kernels, layer, x, case.path, this_stream())
+        assert untouched, case
+        assert torch.equal(y, run_guarded(kernels, layer, x, KernelPath.DECODE, this_stream())[0]), case
+
+
+@pytest.mark.parametrize("path", [KernelPath.DECODE, KernelPath.COOPERATIVE])
+def test_a_graph_of_groups_replays_what_the_stream_gives(kernels: Kernels, path: KernelPath) -> None:
     layers, x = layers_of_one_x(1, torch.bfloat16)
-    eager = cuda_kernels.apply_group(kernels, layers, x)
+    eager = cuda_kernels.apply_group(kernels, layers, x, path)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        outputs = [y for _ in range(8) for y in cuda_kernels.apply_group(kernels, layers, x)]
+        outputs = [y for _ in range(8) for y in cuda_kernels.apply_group(kernels, layers, x, path)]
     for _ in range(20):
         for output in outputs:
             output.fill_(POISON)
@@ -149,9 +177,13 @@ def test_a_graph_replays_what_the_stream_gives(kernels: Kernels, path: KernelPat
     assert all(torch.equal(output, cuda_kernels.apply(kernels, layer, other, path)) for output in outputs)
 
 
-def test_four_threads_on_four_streams_do_not_disturb_each_other(kernels: Kernels) -> None:
-    work = [random_layer(real_case(PATHS[i % 2], (1, 8, 16, 64)[i]), i, "cuda") for i in range(4)]
-    alone = [cuda_kernels.apply(kernels, layer, x, PATHS[i % 2]) for i, (layer, x) in enumerate(work)]
+# Four cooperative launches at once each want the whole machine.
+@pytest.mark.parametrize("paths", [(*PATHS, KernelPath.DECODE), (KernelPath.COOPERATIVE,) * 4])
+def test_four_threads_on_four_streams_do_not_disturb_each_other(
+    kernels: Kernels, paths: tuple[KernelPath, ...]
+) -> None:
+    work = [random_layer(real_case(paths[i], (1, 8, 16, 64)[i]), i, "cuda") for i in range(4)]
+    alone = [cuda_kernels.apply(kernels, layer, x, paths[i]) for i, (layer, x) in enumerate(work)]
     torch.cuda.synchronize()
     wrong: list[str] = []
 
@@ -160,7 +192,7 @@ def test_four_threads_on_four_streams_do_not_disturb_each_other(kernels: Kernels
         try:
             with torch.cuda.stream(torch.cuda.Stream()):
                 for turn in range(50):
-                    y = cuda_kernels.apply(kernels, layer, x, PATHS[number % 2])
+                    y = cuda_kernels.apply(kernels, layer, x, paths[number])
                     if not torch.equal(y, alone[number]):
                         wrong.append(f"thread {number}, turn {turn}")
         except Exception as error:

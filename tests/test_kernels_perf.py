@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import random
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
 from kernel_fixtures import host_kernels
 
 from pifa_deploy.cuda_kernels import Kernels
 from pifa_deploy.density import rank_for_density
+from pifa_deploy.errors import MisfitError
 
 PERF = Path(__file__).resolve().parents[1] / "perf"
 sys.path.insert(0, str(PERF))
@@ -22,6 +26,8 @@ sys.path.insert(0, str(PERF))
 import bench_compress  # noqa: E402
 import bench_linear  # noqa: E402
 import bench_model  # noqa: E402
+import bundle_models  # noqa: E402
+import check_engine  # noqa: E402
 from model_decoder import Decoder, Shape  # noqa: E402
 
 SMALL = Shape(name="small", hidden=128, intermediate=192, heads=4, kv_heads=2, layers=2, whole_layers=6, head_dim=32)
@@ -132,3 +138,64 @@ def test_without_a_gpu_one_line_says_so(
     assert program.main() == 3
     assert capsys.readouterr() == ("no GPU: not decided\n", "")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_benchmark_checks_and_times_every_contender_that_runs_here(kernels: Kernels, tmp_path: Path) -> None:
+    # The second layer is q, k and v of SmolLM2, stacked.
+    entry = {"name": "small", "layers": [[96, 80], [960, 576]]}
+    (tmp_path / "shapes.json").write_text(json.dumps({"entries": [entry], "densities": [0.7], "tokens": [1, 9]}))
+    program = [sys.executable, str(PERF / "bench_linear.py"), "--device", "cpu", "--rounds", "2"]
+    options = ["--shapes", str(tmp_path / "shapes.json"), "--library", str(kernels.path), "--out", str(tmp_path)]
+    done = subprocess.run([*program, *options], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "bench_linear.json").read_text())
+    assert [(result["tokens"], result["density"]) for result in report["results"]] == [(1, 0.7), (9, 0.7)]
+    for result in report["results"]:
+        assert len(result["rows"]) == 11
+        assert all(row["median_us"] > 0 for row in result["rows"].values()), result["rows"]
+    assert "| small | 0.7 | 9 |" in done.stdout
+    plotted = importlib.util.find_spec("matplotlib") is not None
+    assert (tmp_path / "bench_linear.png").is_file() == plotted
+    assert ("plots: bench_linear.png" if plotted else "no plots: matplotlib is not installed") in done.stdout
+
+
+def test_engines_are_judged_by_their_logits_and_keep_the_words_of_a_refusal(tmp_path: Path) -> None:
+    from pifa_deploy.onnx_folder import open_folder
+    from pifa_deploy.onnx_runner import OnnxRuntimeRunner
+
+    kind = bundle_models.config()
+    kind.update({"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1})
+    kind.update({"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16})
+    bundle_models.main(tmp_path, kind)
+
+    def opened(folder: Path, library: Path | None) -> OnnxRuntimeRunner:
+        if library is not None:
+            raise MisfitError("no plugin here\nbut a second line")
+        return OnnxRuntimeRunner(open_folder(folder))
+
+    rows = check_engine.measure(tmp_path, tmp_path / "lib.so", opened)
+    assert rows["PIFA, plugin"] == {"failed": "MisfitError: no plugin here\nbut a second line"}
+    assert check_engine.judge(rows) == 3
+    done = {name: row for name, row in rows.items() if name != "PIFA, plugin"}
+    assert list(done) == ["dense", "2:4", "PIFA, plain"]
+    assert check_engine.judge(done) == 0
+    assert all(row["prefill_ms"] > 0 and row["decode_ms"] > 0 for row in done.values())
+    lines = check_engine.table("onnxruntime", rows)
+    assert lines[-1] == "| onnxruntime | PIFA, plugin | MisfitError: no plugin here |"
+    # The models are different ones: an engine of another would be found out.
+    for wrong in ("dense", "2-4"):
+        ids, exact = np.load(tmp_path / "logits.npz")["input_ids"], np.load(tmp_path / "logits.npz")[wrong]
+        prompt, token = check_engine.relative_errors(opened(tmp_path / "pifa", None), ids, exact)
+        assert min(prompt, token) > 0.1
+        assert check_engine.judge({"x": {"prefill_error": prompt, "decode_error": 0.0}}) == 1
+    assert check_engine.judge({"x": {"prefill_error": 0.0, "decode_error": float("nan")}}) == 1
+
+
+def test_without_a_gpu_engines_are_not_decided(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    out = str(tmp_path / "out")
+    monkeypatch.setattr(sys, "argv", ["check_engine", str(tmp_path), "--library", "lib.so", "--out", out])
+    assert check_engine.main() == 3
+    assert capsys.readouterr() == ("no GPU: not decided\n", "")

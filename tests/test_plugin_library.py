@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from cli_fixtures import Outcome
 
-from pifa_deploy import op_spec, plugin_library
+from pifa_deploy import op_spec, plugin_build, plugin_library
 from pifa_deploy.errors import (
     BuildError,
     InputMissingError,
@@ -25,12 +25,9 @@ from pifa_deploy.errors import (
     MisfitError,
     MissingCapabilityError,
 )
+from pifa_deploy.plugin_build import LIBRARY, SOURCE, BuildTools, PluginBuildOptions, build_library, build_tools
 from pifa_deploy.plugin_library import (
-    LIBRARY,
     LIBRARY_VARIABLE,
-    SOURCE,
-    PluginBuildOptions,
-    build_library,
     describe_library,
     find_library,
     load_library,
@@ -62,7 +59,7 @@ def no_nvcc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         if found := shutil.which(name):
             (tmp_path / name).symlink_to(found)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr(plugin_library, "_NVCC_PLACES", ())
+    monkeypatch.setattr(plugin_build, "_NVCC_PLACES", ())
     for name in ("CUDACXX", "CUDA_HOME"):
         monkeypatch.delenv(name, raising=False)
 
@@ -178,12 +175,29 @@ def test_a_compiler_error_is_a_build_error_with_its_last_lines(
 def test_without_headers_the_two_ways_to_them_are_named(
     no_cmake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugin_library, "_HEADER_FOLDERS", ())
+    monkeypatch.setattr(plugin_build, "_HEADER_FOLDERS", ())
     monkeypatch.delenv("TENSORRT_ROOT", raising=False)
     with pytest.raises(
         MissingCapabilityError, match=r"NvInferRuntime\.h was not found.*--tensorrt-root.*--fetch-headers"
     ):
         build_library(tmp_path / "build", PluginBuildOptions(architectures=(ARCHITECTURE,)))
+
+
+def test_the_tools_of_a_build_are_looked_for_where_a_build_takes_them(
+    no_nvcc: None, no_cmake: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plugin_build, "_HEADER_FOLDERS", ())
+    monkeypatch.delenv("TENSORRT_ROOT", raising=False)
+    assert build_tools() == BuildTools(nvcc=None, cmake=False, headers=False, source=True)
+    compiler = tmp_path / "nvcc"
+    compiler.write_text("#!/bin/sh\n")
+    compiler.chmod(0o755)
+    include = tmp_path / "trt" / "include"
+    include.mkdir(parents=True)
+    (include / "NvInferRuntime.h").touch()
+    monkeypatch.setenv("TENSORRT_ROOT", str(tmp_path / "trt"))
+    monkeypatch.setattr(plugin_build, "SOURCE", tmp_path)
+    assert build_tools() == BuildTools(nvcc=str(compiler), cmake=False, headers=True, source=False)
 
 
 @pytest.mark.parametrize("cmake", [True, False])

@@ -21,11 +21,15 @@ from pifa_deploy.engine import BuildOptions, build_engines
 from pifa_deploy.engine_record import EngineRecord, read_engine_json
 from pifa_deploy.errors import BuildError
 from pifa_deploy.onnx_passes import function_body
+from pifa_deploy.plugin_build import PluginBuildOptions, build_library
 from pifa_deploy.plugin_library import describe_library
 
 pytest_plugins = ("plugin_fixtures",)
 
-CHECK = Path(__file__).resolve().parents[1] / "plugins" / "tests" / "registry_check.py"
+PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
+CHECK = PLUGINS / "tests" / "registry_check.py"
+# Where a registry is, and the major version that its library calls its own.
+FLAVOURS = {"lean10": 10, "lean11": 11, "tensorrt_rtx": 1}
 # `make` puts the wheels of the lean runtime there, one folder each: both install the same module.
 LEAN_ROOT = Path(os.environ.get("PIFA_LEAN_ROOT", sys.prefix))
 OPS = tuple(sorted(op_spec.FORMS))
@@ -34,7 +38,7 @@ OPS = tuple(sorted(op_spec.FORMS))
 # --- registries -------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["lean10", "lean11", "tensorrt_rtx"])
+@pytest.fixture(scope="module", params=FLAVOURS)
 def said(request: pytest.FixtureRequest, plugin_library: Path) -> dict[str, Any]:
     """What plugins/tests/registry_check.py prints, run in a process of its own."""
     flavour: str = request.param
@@ -58,8 +62,7 @@ def said(request: pytest.FixtureRequest, plugin_library: Path) -> dict[str, Any]
 
 @pytest.mark.tensorrt
 def test_the_registry_is_of_the_version_that_was_asked_for(said: dict[str, Any]) -> None:
-    expected = {"lean10": "10.", "lean11": "11.", "tensorrt_rtx": "1."}[said["flavour"]]
-    assert said["trt"].startswith(expected)
+    assert said["trt"].startswith(f"{FLAVOURS[said['flavour']]}.")
 
 
 @pytest.mark.tensorrt
@@ -105,17 +108,47 @@ def registry_host(plugin_build: Path) -> Path:
     return plugin_build / "tests" / "registry_host"
 
 
-@pytest.mark.tensorrt
-def test_fields_come_back_byte_for_byte_through_a_registry(registry_host: Path, plugin_library: Path) -> None:
-    # Only a program in C++ reads a plugin's fields, and it knows the registry of its headers' version alone.
-    major = describe_library(plugin_library).tensorrt_headers.partition(".")[0]
-    runtime = LEAN_ROOT / f"lean{major}" / "tensorrt_lean_libs" / f"libnvinfer_lean.so.{major}"
-    if not runtime.is_file():
-        pytest.skip(f"there is no {runtime}: run `make lean-runtimes`")
-    command = [registry_host, runtime, plugin_library]
+def runtime_library(flavour: str) -> Path:
+    """The shared library of a TensorRT that has a registry, or a skip that says what to install."""
+    if flavour == "tensorrt_rtx":
+        spec = importlib.util.find_spec("tensorrt_rtx_libs")
+        if spec is None or not spec.submodule_search_locations:
+            pytest.skip("TensorRT-RTX is not installed: pip install 'pifa-deploy[rtx]'")
+        return Path(spec.submodule_search_locations[0]) / "libtensorrt_rtx.so.1"
+    major = flavour.removeprefix("lean")
+    library = LEAN_ROOT / flavour / "tensorrt_lean_libs" / f"libnvinfer_lean.so.{major}"
+    if not library.is_file():
+        pytest.skip(f"there is no {library}: run `make lean-runtimes`")
+    return library
+
+
+def check_in_cpp(registry_host: Path, flavour: str, plugin: Path) -> None:
+    command = [registry_host, runtime_library(flavour), plugin]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"20 checks with TensorRT {major}\n"
+    assert done.stdout == f"20 checks with version {FLAVOURS[flavour]}\n"
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("flavour", FLAVOURS)
+def test_fields_come_back_byte_for_byte_through_a_registry(
+    registry_host: Path, plugin_library: Path, flavour: str
+) -> None:
+    # Only a program in C++ reads a plugin's fields.
+    check_in_cpp(registry_host, flavour, plugin_library)
+
+
+@pytest.mark.slow
+@pytest.mark.tensorrt
+def test_the_library_for_every_gpu_loads_into_every_runtime(registry_host: Path, tmp_path: Path) -> None:
+    # The longest of all builds, about four minutes of one core.
+    library = build_library(tmp_path / "build", PluginBuildOptions(fetch_headers=True))
+    every = (PLUGINS / "cmake" / "architectures.txt").read_text().split()
+    found = describe_library(library)
+    assert set(found.architectures) <= set(every)
+    assert len(found.architectures) >= 8
+    for flavour in FLAVOURS:
+        check_in_cpp(registry_host, flavour, library)
 
 
 # --- an engine --------------------------------------------------------------------------------------------------

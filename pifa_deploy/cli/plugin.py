@@ -35,7 +35,7 @@ def build_command(
     json_path: Path | None,
 ) -> None:
     """Compile the plugin in the folder OUT; needs nvcc, no GPU and no TensorRT but its headers."""
-    from pifa_deploy.plugin_library import SOURCE, PluginBuildOptions, build_library
+    from pifa_deploy.plugin_build import SOURCE, PluginBuildOptions, build_library
 
     options = PluginBuildOptions(
         source=source or SOURCE,

@@ -6,15 +6,17 @@
 //   - Long rows are shared by a block, short ones by a warp, so that a small layer still occupies every multiprocessor.
 //   - y_p (z in the column form) stays in fp32, in the L2: a few KB per token between the two launches.
 //   - The second launch starts while the first one drains (programmatic dependent launch, compute capability 9.0 and
-//     later) and has its first weights in registers when y_p is complete. Elsewhere it is an ordinary launch.
-//   - Layers that read the same x share both launches (pifaLinearEnqueueGroup): q, k and v are one layer to the machine.
+//     later) and has its first weights in registers when y_p is complete. Elsewhere both products share one cooperative
+//     launch (cooperativeProducts.cu), or the second launch is an ordinary one where that is not to be had.
+//   - Layers that read the same x share launches (pifaLinearEnqueueGroup): q, k and v are one layer to the machine.
 //   - The index is applied where the result is stored, in output order, so it costs one 4-byte load per row.
 //   - fp32 sums on the fp32 lanes: up to 8 tokens that is less work than the loads (pifaLinearRule.h).
 // GEMM (many tokens): both products through cuBLASLt, straight into y with y's row stride. With an index one more pass
 //   permutes, 16 bytes per store; it is 4 m bytes per token that a kernel of our own would save.
 // Without cuBLASLt the decode kernels serve any number of tokens in tiles of 8: right, and slow beyond a few dozen.
+#include "cooperativeProducts.h"
 #include "cublasLtProduct.h"
-#include "pifaLinearGroup.h"
+#include "pifaLinearKernels.cuh"
 
 #include <atomic>
 
@@ -39,49 +41,6 @@ __device__ __forceinline__ void waitForPreviousGrid()
 #endif
 }
 
-// Registers hold two steps of weights for few tokens; for 8 the sums take their place.
-template <int kTokens, int kVector>
-constexpr int kStepsInFlight = kVector == 1 ? 4 : kTokens <= 4 ? 2 : 1;
-
-// Adds up the sums of a group's threads and writes its outputs. Called by the whole block.
-template <int kTokens, typename Weight, typename Activation>
-__device__ __forceinline__ void storeSums(RowProducts<Weight, Activation> const& p, RowLaunch const& launch,
-    TilePosition const& at, int group, int lane, float const (&sums)[kMaxRows][kTokens])
-{
-    constexpr int kSums = kMaxRows * kTokens;
-    __shared__ float partial[kThreads / kWarp][kSums];
-    int const groupWarps = launch.groupThreads / kWarp;
-    PIFA_UNROLL
-    for (int i = 0; i < kSums; ++i)
-    {
-        float sum = sums[i / kTokens][i % kTokens];
-        for (int offset = kWarp / 2; offset > 0; offset /= 2)
-        {
-            sum += __shfl_xor_sync(0xffffffffU, sum, offset);
-        }
-        if (threadIdx.x % kWarp == 0)
-        {
-            partial[threadIdx.x / kWarp][i] = sum;
-        }
-    }
-    __syncthreads();
-    for (int i = lane; i < kSums; i += launch.groupThreads)
-    {
-        int64_t const row = at.row + i / kTokens;
-        int64_t const token = at.token + i % kTokens;
-        if (i / kTokens < launch.groupRows && row < p.rows && token < p.tokens)
-        {
-            float sum = 0.0F;
-            for (int w = 0; w < groupWarps; ++w)
-            {
-                sum += partial[group * groupWarps + w][i];
-            }
-            finish(p, row, token, sum);
-        }
-    }
-    __syncthreads();
-}
-
 template <int kTokens, int kVector, bool kGather, typename Weight, typename Activation, int kMost>
 __global__ void __launch_bounds__(kThreads)
     rowProductsKernel(__grid_constant__ RowSet<Weight, Activation, kMost> const set)
@@ -90,24 +49,10 @@ __global__ void __launch_bounds__(kThreads)
     letNextGridStart();
     for (int64_t tile = blockIdx.x; tile < set.tiles; tile += gridDim.x)
     {
-        int const member = memberOf(set, tile);
-        RowProducts<Weight, Activation> const& p = set.products[member];
-        RowLaunch const& launch = set.launches[member];
-        int const group = threadIdx.x / launch.groupThreads;
-        int const lane = threadIdx.x % launch.groupThreads;
-        TilePosition const at = tilePosition(launch, tile - set.firstTile[member], group);
-        Weight const* rows[kMaxRows];
-        findRows(p, launch, at.row, rows);
-        Chunk<Weight, kVector> next[kSteps][kMaxRows];
-        PIFA_UNROLL
-        for (int step = 0; step < kSteps; ++step)
-        {
-            loadStep(rows, lane + step * launch.groupThreads, static_cast<uint32_t>(p.depth / kVector), next[step]);
-        }
+        BegunTile<kSteps, kVector, Weight> begun;
+        beginTile(set, tile, begun);
         waitForPreviousGrid();
-        float sums[kMaxRows][kTokens] = {};
-        accumulate<kTokens, kVector, kGather, kSteps>(p, launch, lane, at.token, rows, next, sums);
-        storeSums<kTokens>(p, launch, at, group, lane, sums);
+        finishTile<kTokens, kGather>(set, begun);
     }
 }
 
@@ -121,38 +66,45 @@ __global__ void __launch_bounds__(kThreads) permuteKernel(Permutation<T> const p
     }
 }
 
-// Whether a launch may overlap the grid before it. The code that the driver loaded for `kernel` must have the wait,
-// which a program built for an older GPU has not, wherever it runs; and graphs know such launches from driver 12.3 on.
-template <typename Kernel>
-int32_t canOverlap(Kernel kernel, bool* can)
+// What the current device can do, asked once. The code that the driver loaded must have the wait, which a program built
+// for an older GPU has not, wherever it runs; and graphs know overlapping launches from driver 12.3 on.
+int32_t deviceTraits(DeviceTraits* traits)
 {
-    // Per device: 0 not asked yet, 1 no, 2 yes. One array per kernel type is enough: all come from one build.
-    static std::atomic<int> known[64];
+    static std::atomic<int32_t> known[64]; // capability, then 1 bit each for overlaps, cooperates and "was asked"
     int device = 0;
     cudaError_t error = cudaGetDevice(&device);
     if (error != cudaSuccess)
     {
         return error;
     }
-    std::atomic<int>* const slot = device < 64 ? &known[device] : nullptr;
-    if (slot && slot->load(std::memory_order_relaxed) != 0)
+    int32_t packed = device < 64 ? known[device].load(std::memory_order_relaxed) : 0;
+    if (packed == 0)
     {
-        *can = slot->load(std::memory_order_relaxed) == 2;
-        return PIFA_OK;
+        cudaFuncAttributes code{};
+        int driver = 0;
+        int major = 0;
+        int minor = 0;
+        int cooperates = 0;
+        error = cudaDriverGetVersion(&driver);
+        error = error != cudaSuccess ? error : cudaFuncGetAttributes(&code, permuteKernel<1, float>);
+        auto const ask = [&](int* value, cudaDeviceAttr attribute) {
+            error = error != cudaSuccess ? error : cudaDeviceGetAttribute(value, attribute, device);
+        };
+        ask(&major, cudaDevAttrComputeCapabilityMajor);
+        ask(&minor, cudaDevAttrComputeCapabilityMinor);
+        ask(&cooperates, cudaDevAttrCooperativeLaunch);
+        if (error != cudaSuccess)
+        {
+            return error;
+        }
+        int32_t const overlaps = code.ptxVersion >= 90 && driver >= 12030;
+        packed = (10 * major + minor) << 3 | overlaps << 2 | (cooperates != 0) << 1 | 1;
+        if (device < 64)
+        {
+            known[device].store(packed, std::memory_order_relaxed);
+        }
     }
-    cudaFuncAttributes attributes{};
-    int driver = 0;
-    error = cudaDriverGetVersion(&driver);
-    error = error != cudaSuccess ? error : cudaFuncGetAttributes(&attributes, kernel);
-    if (error != cudaSuccess)
-    {
-        return error;
-    }
-    *can = attributes.ptxVersion >= 90 && driver >= 12030;
-    if (slot)
-    {
-        slot->store(*can ? 2 : 1, std::memory_order_relaxed);
-    }
+    *traits = DeviceTraits{packed >> 3, (packed & 4) != 0, (packed & 2) != 0};
     return PIFA_OK;
 }
 
@@ -171,8 +123,8 @@ struct Launcher
     int32_t rows(RowSet<Weight, Activation, kMost> const& set, bool afterOurs)
     {
         auto const kernel = rowProductsKernel<kTokens, kVector, kGather, Weight, Activation, kMost>;
-        bool overlap = false;
-        int32_t const status = afterOurs ? canOverlap(kernel, &overlap) : PIFA_OK;
+        DeviceTraits device{};
+        int32_t const status = afterOurs ? deviceTraits(&device) : PIFA_OK;
         if (status != PIFA_OK)
         {
             return status;
@@ -185,8 +137,14 @@ struct Launcher
         config.blockDim = dim3(kThreads);
         config.stream = stream;
         config.attrs = &attribute;
-        config.numAttrs = overlap ? 1 : 0;
+        config.numAttrs = device.overlaps ? 1 : 0;
         return cudaLaunchKernelEx(&config, kernel, set);
+    }
+
+    template <int kTokens, typename T, int kMost>
+    int32_t together(PhasePair<T, kMost> const& pair)
+    {
+        return cooperativeProducts<kTokens>(pair, stream);
     }
 
     template <typename T>
@@ -208,11 +166,86 @@ struct Launcher
     }
 };
 
-int32_t resolvePath(PifaProblem const& problem, int32_t path)
+// Loads the kernels that the Launcher would launch, and asks whether the device takes them.
+struct Preparer
+{
+    int64_t chunkTokens(PifaProblem const& p)
+    {
+        return gemmChunkTokens(p);
+    }
+
+    template <int kTokens, int kVector, bool kGather, typename Weight, typename Activation, int kMost>
+    int32_t rows(RowSet<Weight, Activation, kMost> const&, bool)
+    {
+        cudaFuncAttributes unused{};
+        return cudaFuncGetAttributes(&unused, rowProductsKernel<kTokens, kVector, kGather, Weight, Activation, kMost>);
+    }
+
+    template <int kTokens, typename T, int kMost>
+    int32_t together(PhasePair<T, kMost> const&)
+    {
+        int64_t blocks = 0;
+        return residentBlocks<kTokens, T, kMost>(&blocks);
+    }
+
+    template <typename T>
+    int32_t permute(Permutation<T> const&, bool)
+    {
+        // Which of the two depends on pointers that are not known yet.
+        cudaFuncAttributes unused{};
+        cudaError_t const error = cudaFuncGetAttributes(&unused, permuteKernel<kVectorElements<T>, T>);
+        return error != cudaSuccess ? error : cudaFuncGetAttributes(&unused, permuteKernel<1, T>);
+    }
+
+    template <typename T>
+    int32_t product(Product<T> const& p)
+    {
+        int32_t const status = prepareCublasLt();
+        return status != PIFA_OK || p.bias == nullptr ? status : addBias(p, *this);
+    }
+};
+
+// Buffers of a layer that is only planned: never read.
+PifaBuffers placeholders()
+{
+    void* const somewhere = reinterpret_cast<void*>(uintptr_t{256});
+    return {somewhere, somewhere, somewhere, static_cast<int32_t const*>(somewhere), somewhere, somewhere, somewhere};
+}
+
+template <typename Executor>
+int32_t carryOut(
+    PifaProblem const* problems, PifaBuffers const* buffers, int32_t count, int32_t path, Executor& execute)
+{
+    return path == PIFA_PATH_COOPERATIVE ? runOneLaunch(problems, buffers, count, execute)
+        : count > 1                      ? runDecodeGroup(problems, buffers, count, execute)
+                                         : run(*problems, *buffers, path, execute);
+}
+
+int32_t prepare(PifaProblem const& problem, int32_t path)
+{
+    PifaBuffers const nowhere = placeholders();
+    Preparer preparer;
+    return carryOut(&problem, &nowhere, 1, path, preparer);
+}
+
+// What AUTO tries first. The cooperative path may still say PIFA_UNSUPPORTED, then it is PIFA_PATH_DECODE.
+int32_t preferredPath(PifaProblem const& problem)
 {
     // Asked in this order, few tokens never open cuBLASLt.
-    bool const decode = path == PIFA_PATH_AUTO && (rulePath(problem) == PIFA_PATH_DECODE || !cublasLtIsThere());
-    return path != PIFA_PATH_AUTO ? path : decode ? PIFA_PATH_DECODE : PIFA_PATH_GEMM;
+    if (rulePath(problem) == PIFA_PATH_GEMM && cublasLtIsThere())
+    {
+        return PIFA_PATH_GEMM;
+    }
+    DeviceTraits device{};
+    return deviceTraits(&device) == PIFA_OK ? ruleLaunch(device) : PIFA_PATH_DECODE;
+}
+
+int32_t resolvePath(PifaProblem const& problem, int32_t path)
+{
+    int32_t const preferred = path == PIFA_PATH_AUTO ? preferredPath(problem) : path;
+    bool const asks = path == PIFA_PATH_AUTO && preferred == PIFA_PATH_COOPERATIVE;
+    bool const falls = asks && prepare(problem, preferred) != PIFA_OK;
+    return falls ? PIFA_PATH_DECODE : preferred;
 }
 
 } // namespace
@@ -221,6 +254,10 @@ int32_t resolvePath(PifaProblem const& problem, int32_t path)
 extern "C" int32_t pifaLinearCheck(PifaProblem const* problem, int32_t path)
 {
     int32_t const status = pifa::checkProblem(problem, path);
+    if (status == PIFA_OK && path == PIFA_PATH_COOPERATIVE)
+    {
+        return pifa::prepare(*problem, path) == PIFA_OK ? PIFA_OK : PIFA_UNSUPPORTED;
+    }
     return status == PIFA_OK && path == PIFA_PATH_GEMM && !pifa::cublasLtIsThere() ? PIFA_NO_CUBLASLT : status;
 }
 
@@ -239,10 +276,9 @@ extern "C" int32_t pifaLinearChosenPath(PifaProblem const* problem)
 extern "C" int32_t pifaLinearPrepare(PifaProblem const* problem, int32_t path)
 {
     int32_t const status = pifa::checkProblem(problem, path);
-    bool const gemm = status == PIFA_OK && pifa::resolvePath(*problem, path) == PIFA_PATH_GEMM;
     try
     {
-        return gemm ? pifa::prepareCublasLt() : status;
+        return status == PIFA_OK ? pifa::prepare(*problem, pifa::resolvePath(*problem, path)) : status;
     }
     catch (...)
     {
@@ -266,7 +302,10 @@ extern "C" int32_t pifaLinearEnqueue(
     pifa::Launcher launcher{static_cast<cudaStream_t>(stream), buffers->workspace};
     try
     {
-        return pifa::run(*problem, *buffers, pifa::resolvePath(*problem, path), launcher);
+        int32_t const taken = path == PIFA_PATH_AUTO ? pifa::preferredPath(*problem) : path;
+        status = pifa::carryOut(problem, buffers, 1, taken, launcher);
+        bool const falls = path == PIFA_PATH_AUTO && status == PIFA_UNSUPPORTED;
+        return falls ? pifa::carryOut(problem, buffers, 1, PIFA_PATH_DECODE, launcher) : status;
     }
     catch (...) // only the tables of cuBLASLt's algorithms and handles allocate
     {
@@ -277,27 +316,25 @@ extern "C" int32_t pifaLinearEnqueue(
 extern "C" int32_t pifaLinearEnqueueGroup(
     PifaProblem const* problems, PifaBuffers const* buffers, int32_t count, int32_t path, void* stream)
 {
-    int32_t const status = pifa::checkGroup(problems, buffers, count, path);
+    int32_t status = pifa::checkGroup(problems, buffers, count, path);
     if (status != PIFA_OK || problems[0].tokens == 0)
     {
         return status;
     }
-    bool decode = true;
-    for (int32_t i = 0; i < count; ++i)
+    // The rules look at tokens and dtype, which all have in common.
+    int32_t const taken = path == PIFA_PATH_AUTO ? pifa::preferredPath(problems[0]) : path;
+    pifa::Launcher launcher{static_cast<cudaStream_t>(stream), nullptr};
+    if (taken != PIFA_PATH_GEMM)
     {
-        decode = decode && pifa::resolvePath(problems[i], path) == PIFA_PATH_DECODE;
+        status = pifa::carryOut(problems, buffers, count, taken, launcher);
+        bool const falls = path == PIFA_PATH_AUTO && status == PIFA_UNSUPPORTED;
+        return falls ? pifa::carryOut(problems, buffers, count, PIFA_PATH_DECODE, launcher) : status;
     }
-    if (decode)
+    for (int32_t i = 0; status == PIFA_OK && i < count; ++i)
     {
-        pifa::Launcher launcher{static_cast<cudaStream_t>(stream), nullptr};
-        return pifa::runDecodeGroup(problems, buffers, count, launcher);
+        status = pifaLinearEnqueue(&problems[i], &buffers[i], path, stream);
     }
-    int32_t each = PIFA_OK;
-    for (int32_t i = 0; each == PIFA_OK && i < count; ++i)
-    {
-        each = pifaLinearEnqueue(&problems[i], &buffers[i], path, stream);
-    }
-    return each;
+    return status;
 }
 
 extern "C" char const* pifaLinearStatusString(int32_t status)

@@ -24,8 +24,14 @@ extern "C" {
 typedef enum { PIFA_FLOAT32 = 0, PIFA_FLOAT16 = 1, PIFA_BFLOAT16 = 2 } PifaDtype;
 typedef enum { PIFA_FORM_ROW = 0, PIFA_FORM_COLUMN = 1 } PifaForm;
 
-// How the work is done. AUTO follows the table in pifaLinearRule.h.
-typedef enum { PIFA_PATH_AUTO = 0, PIFA_PATH_DECODE = 1, PIFA_PATH_GEMM = 2, PIFA_PATH_COUNT = 3 } PifaPath;
+// How the work is done. AUTO follows the tables in pifaLinearRule.h.
+typedef enum {
+    PIFA_PATH_AUTO = 0,
+    PIFA_PATH_DECODE = 1,      // our kernels, one launch per product
+    PIFA_PATH_GEMM = 2,        // cuBLASLt
+    PIFA_PATH_COOPERATIVE = 3, // our kernels, both products in one cooperative launch
+    PIFA_PATH_COUNT = 4
+} PifaPath;
 
 // Own status codes lie below zero; a positive status is a cudaError_t.
 typedef enum {
@@ -57,18 +63,20 @@ typedef struct {
     void* workspace;           // pifaLinearWorkspaceBytes, 256-byte aligned
 } PifaBuffers;
 
-// Returns PIFA_OK when `path` can compute `problem` on this machine; opens cuBLASLt to answer for PIFA_PATH_GEMM.
+// Returns PIFA_OK when `path` can compute `problem` on this machine: PIFA_PATH_GEMM wants cuBLASLt,
+// PIFA_PATH_COOPERATIVE a current device that can hold the launch at once, and sizes of whole 16-byte loads
+// (pifaLinearOneLaunch.h).
 PIFA_EXPORT int32_t pifaLinearCheck(PifaProblem const* problem, int32_t path);
 
 // Returns the bytes of workspace that `path` needs, or a negative PifaStatus. Never shrinks as `tokens` grows; for
-// PIFA_PATH_AUTO enough for either path, whatever this machine lacks.
+// PIFA_PATH_AUTO enough for every path, whatever this machine lacks.
 PIFA_EXPORT int64_t pifaLinearWorkspaceBytes(PifaProblem const* problem, int32_t path);
 
 // Returns the path that PIFA_PATH_AUTO takes on this machine, or a negative PifaStatus.
 PIFA_EXPORT int32_t pifaLinearChosenPath(PifaProblem const* problem);
 
-// Makes what the first call on the current device would otherwise make (a cuBLASLt handle). Optional; call it before a
-// first call that is captured in a graph. Returns a PifaStatus or a cudaError_t.
+// Makes what the first call on the current device would otherwise make: loads the kernels, makes a cuBLASLt handle.
+// Optional; call it before a first call that is captured in a graph. Returns a PifaStatus or a cudaError_t.
 PIFA_EXPORT int32_t pifaLinearPrepare(PifaProblem const* problem, int32_t path);
 
 // Enqueues the layer on `stream` (a cudaStream_t). Returns a PifaStatus or a cudaError_t; never throws or aborts.
@@ -78,8 +86,8 @@ PIFA_EXPORT int32_t pifaLinearEnqueue(
 // At most this many layers share a launch.
 #define PIFA_MAX_GROUP 8
 
-// Enqueues layers in the row form that read the same x: q, k and v, or gate and up. On the decode path all of them take
-// two launches; the GEMM path takes them one after the other. `tokens`, `dtype`, `inFeatures` and `x` are the same in
+// Enqueues layers in the row form that read the same x: q, k and v, or gate and up. All of them together take two
+// launches on the decode path and one on the cooperative path; the GEMM path takes them one after the other. `tokens`, `dtype`, `inFeatures` and `x` are the same in
 // all, `y` and `workspace` are each layer's own. 1 <= count <= PIFA_MAX_GROUP. Returns as pifaLinearEnqueue does.
 PIFA_EXPORT int32_t pifaLinearEnqueueGroup(
     PifaProblem const* problems, PifaBuffers const* buffers, int32_t count, int32_t path, void* stream);

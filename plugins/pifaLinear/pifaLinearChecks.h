@@ -27,6 +27,9 @@ struct Attributes
 // Writes "[E] pifa::NAME layer 'LAYER': ..." and returns kRefused; the mark is what build logs are searched for.
 __attribute__((format(printf, 2, 3))) int32_t refuse(Attributes const& attributes, char const* format, ...);
 
+// Writes "[W] ..." in the same way.
+__attribute__((format(printf, 2, 3))) void warn(Attributes const& attributes, char const* format, ...);
+
 // Errors go to `sink` instead of standard error; null restores that.
 void setLogSink(void (*sink)(char const* message));
 

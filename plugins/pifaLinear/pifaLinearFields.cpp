@@ -139,17 +139,12 @@ bool readField(Attributes& found, PluginField const& field, uint32_t& seen)
     }
 }
 
-} // namespace
-
-int32_t refuse(Attributes const& attributes, char const* format, ...)
+void write(char kind, Attributes const& attributes, char const* format, va_list values)
 {
     char message[1024];
-    int const start = snprintf(
-        message, sizeof(message), "[E] %s::%s layer '%.400s': ", kNamespace, attributes.op->name, attributes.layer);
-    va_list values;
-    va_start(values, format);
+    int const start = snprintf(message, sizeof(message), "[%c] %s::%s layer '%.400s': ", kind, kNamespace,
+        attributes.op->name, attributes.layer);
     vsnprintf(message + start, sizeof(message) - start, format, values);
-    va_end(values);
     if (auto const sink = gSink.load())
     {
         sink(message);
@@ -158,7 +153,25 @@ int32_t refuse(Attributes const& attributes, char const* format, ...)
     {
         fprintf(stderr, "%s\n", message);
     }
+}
+
+} // namespace
+
+int32_t refuse(Attributes const& attributes, char const* format, ...)
+{
+    va_list values;
+    va_start(values, format);
+    write('E', attributes, format, values);
+    va_end(values);
     return kRefused;
+}
+
+void warn(Attributes const& attributes, char const* format, ...)
+{
+    va_list values;
+    va_start(values, format);
+    write('W', attributes, format, values);
+    va_end(values);
 }
 
 void setLogSink(void (*sink)(char const* message))

@@ -34,11 +34,12 @@ inline int32_t checkGroup(PifaProblem const* problems, PifaBuffers const* buffer
 }
 
 // Plans each member as if the rows of the others were its own, and lines up their tiles.
-template <typename Set>
-void planSet(Set& set, int32_t count, int64_t weightBytes)
+template <typename Weight, typename Activation, int kMost>
+void planSet(RowSet<Weight, Activation, kMost>& set, int32_t count)
 {
+    constexpr int64_t weightBytes = sizeof(Weight);
     int64_t warps = 0;
-    int64_t ownWarps[PIFA_MAX_GROUP]{};
+    int64_t ownWarps[kMost]{};
     for (int32_t i = 0; i < count; ++i)
     {
         auto& p = set.products[i];
@@ -47,7 +48,7 @@ void planSet(Set& set, int32_t count, int64_t weightBytes)
         warps += ownWarps[i];
     }
     set.tiles = 0;
-    for (int32_t i = 0; i < PIFA_MAX_GROUP; ++i)
+    for (int32_t i = 0; i < kMost; ++i)
     {
         set.firstTile[i] = INT64_MAX;
         if (i < count)
@@ -86,8 +87,8 @@ int32_t runDecodeGroup(PifaProblem const* problems, PifaBuffers const* buffers, 
         first.products[i] = firstProduct<T>(problems[i], buffers[i]);
         second.products[i] = secondProduct<T>(problems[i], buffers[i]);
     }
-    planSet(first, count, sizeof(T));
-    planSet(second, count, sizeof(T));
+    planSet(first, count);
+    planSet(second, count);
     int32_t const status = chooseTokens<kVectorElements<T>, false>(first, execute, false);
     return status == PIFA_OK ? chooseTokens<kVectorElements<T>, false>(second, execute, true) : status;
 }

@@ -140,7 +140,7 @@ inline int64_t workspaceBytes(PifaProblem const& p, int32_t path)
     int64_t const gemm = kCublasLtWorkspaceBytes
         + std::min(p.tokens, gemmChunkTokens(p)) * stagedElements(p) * elementBytes(p.dtype);
     // AUTO asks for both: an engine keeps the size that its builder heard, and may run where the choice is another.
-    return path == PIFA_PATH_DECODE ? decode : path == PIFA_PATH_GEMM ? gemm : std::max(decode, gemm);
+    return path == PIFA_PATH_AUTO ? std::max(decode, gemm) : path == PIFA_PATH_GEMM ? gemm : decode;
 }
 
 // Hands `set` to the executor under the constants that its kernel was compiled with. What is not read 16 bytes at a
@@ -341,7 +341,7 @@ int32_t runGemm(PifaProblem const& p, PifaBuffers const& b, Executor& execute)
     return PIFA_OK;
 }
 
-// Runs `path`, which must not be AUTO, of a problem that was checked.
+// Runs PIFA_PATH_DECODE or PIFA_PATH_GEMM of a problem that was checked.
 template <typename Executor>
 int32_t run(PifaProblem const& p, PifaBuffers const& b, int32_t path, Executor& execute)
 {

@@ -248,6 +248,18 @@ int32_t PifaLinearPlugin::setTactic(int32_t tactic) noexcept
     return kOk;
 }
 
+// The tactic was timed where the engine was built; here a part of the GPU may be held back, or be another one.
+bool PifaLinearPlugin::leaveCooperativePath(int32_t status) noexcept
+{
+    if (status != PIFA_UNSUPPORTED || mPath != PIFA_PATH_COOPERATIVE)
+    {
+        return false;
+    }
+    warn(mAttributes, "this GPU cannot hold a cooperative launch; the rule of the kernels is followed instead");
+    mPath = PIFA_PATH_AUTO;
+    return true;
+}
+
 int32_t PifaLinearPlugin::onShapeChange(
     PluginTensorDesc const* in, int32_t nbInputs, PluginTensorDesc const* out, int32_t nbOutputs) noexcept
 {
@@ -266,7 +278,11 @@ int32_t PifaLinearPlugin::onShapeChange(
             nbOutputs == 1 ? static_cast<int>(out[0].type) : -1, mAttributes.outFeatures);
     }
     // Here and not in enqueue, which may be captured in a CUDA graph.
-    int32_t const status = pifaLinearPrepare(&problem, mPath);
+    int32_t status = pifaLinearPrepare(&problem, mPath);
+    if (leaveCooperativePath(status))
+    {
+        status = pifaLinearPrepare(&problem, mPath);
+    }
     if (status != PIFA_OK)
     {
         return refuse(mAttributes, "status %d while preparing path %d: %s", status, mPath,
@@ -296,7 +312,11 @@ int32_t PifaLinearPlugin::enqueue(PluginTensorDesc const* inputDesc, PluginTenso
     buffers.bias = problem.hasBias ? inputs[mAttributes.op->nbRequired] : nullptr;
     buffers.y = outputs[0];
     buffers.workspace = workspace;
-    int32_t const status = pifaLinearEnqueue(&problem, &buffers, mPath, stream);
+    int32_t status = pifaLinearEnqueue(&problem, &buffers, mPath, stream);
+    if (leaveCooperativePath(status))
+    {
+        status = pifaLinearEnqueue(&problem, &buffers, mPath, stream);
+    }
     if (status != PIFA_OK)
     {
         refuse(mAttributes, "status %d on path %d with %lld tokens: %s", status, mPath,
@@ -315,91 +335,4 @@ PluginFieldCollection const* PifaLinearPlugin::getFieldsToSerialize() noexcept
     return &mFieldCollection;
 }
 
-// ---- creator --------------------------------------------------------------------------------------------------------
-
-PifaLinearCreator::PifaLinearCreator(OpSpec const& op) noexcept
-    : mOp(op)
-{
-    mFields[0] = PluginField{kRankField, nullptr, PluginFieldType::kINT32, 1};
-    mFields[1] = PluginField{kOutFeaturesField, nullptr, PluginFieldType::kINT32, 1};
-    mFields[2] = PluginField{kFormField, nullptr, PluginFieldType::kCHAR, 0};
-    mFields[3] = PluginField{kNamespaceField, nullptr, PluginFieldType::kCHAR, 0};
-    mFields[4] = PluginField{kVersionField, nullptr, PluginFieldType::kCHAR, 0};
-    mFieldCollection = PluginFieldCollection{kFields, mFields};
-}
-
-nvinfer1::IPluginV3* PifaLinearCreator::createPlugin(
-    AsciiChar const* name, PluginFieldCollection const* fc, nvinfer1::TensorRTPhase /*phase*/) noexcept
-{
-    Attributes attributes{};
-    attributes.op = &mOp;
-    snprintf(attributes.layer, sizeof(attributes.layer), "%s", name != nullptr ? name : "");
-    if (!readFields(attributes, fc))
-    {
-        return nullptr;
-    }
-    auto* const plugin = new (std::nothrow) PifaLinearPlugin(attributes);
-    if (plugin == nullptr)
-    {
-        refuse(attributes, "no memory left to create the plugin");
-    }
-    return plugin;
-}
-
-PluginFieldCollection const* PifaLinearCreator::getFieldNames() noexcept
-{
-    return &mFieldCollection;
-}
-
-AsciiChar const* PifaLinearCreator::getPluginName() const noexcept
-{
-    return mOp.name;
-}
-
-AsciiChar const* PifaLinearCreator::getPluginVersion() const noexcept
-{
-    return kVersion;
-}
-
-AsciiChar const* PifaLinearCreator::getPluginNamespace() const noexcept
-{
-    return kNamespace;
-}
-
 } // namespace pifa
-
-// ---- exports --------------------------------------------------------------------------------------------------------
-
-#define PIFA_TEXT_OF(value) #value
-#define PIFA_TEXT(value) PIFA_TEXT_OF(value)
-#ifndef PIFA_BUILD_ARCHS
-#define PIFA_BUILD_ARCHS ""
-#endif
-
-nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& nbCreators)
-{
-    static pifa::PifaLinearCreator row{pifa::kOps[0]};
-    static pifa::PifaLinearCreator ordered{pifa::kOps[1]};
-    static pifa::PifaLinearCreator column{pifa::kOps[2]};
-    static nvinfer1::IPluginCreatorInterface* const creators[] = {&row, &ordered, &column};
-    static_assert(sizeof(creators) / sizeof(*creators) == sizeof(pifa::kOps) / sizeof(*pifa::kOps));
-    nbCreators = sizeof(creators) / sizeof(*creators);
-    return creators;
-}
-
-void setLoggerFinder(nvinfer1::ILoggerFinder* /*finder*/)
-{
-    // Not kept: its virtual table, and that of the loggers it finds, depend on the version of TensorRT.
-}
-
-void pifaPluginSetLogSink(void (*sink)(char const* message))
-{
-    pifa::setLogSink(sink);
-}
-
-char const* pifaPluginBuildInfo()
-{
-    return "{\"architectures\": \"" PIFA_BUILD_ARCHS "\", \"cuda\": " PIFA_TEXT(CUDART_VERSION)
-        ", \"tensorrt_headers\": \"" PIFA_TEXT(NV_TENSORRT_MAJOR) "." PIFA_TEXT(NV_TENSORRT_MINOR) "." PIFA_TEXT(
-            NV_TENSORRT_PATCH) "\", \"compiler\": \"" __VERSION__ "\"}";
-}

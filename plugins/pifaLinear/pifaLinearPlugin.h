@@ -59,6 +59,7 @@ private:
     static constexpr int32_t kFields = 6;
 
     void describe() noexcept;
+    bool leaveCooperativePath(int32_t status) noexcept;
 
     Attributes mAttributes;
     char mSummary[kSummaryBytes]{};

@@ -168,11 +168,12 @@ void checkOnDevice(Library const& library, Layer const& layer, int64_t tokens)
     }
 }
 
-// Four contexts of one engine, each with its own thread and stream, do not disturb each other.
-inline void checkContexts(Library const& library)
+// Four contexts of one engine, each with its own thread and stream, do not disturb each other: on the cooperative path
+// their grids want the whole machine at the same time.
+inline void checkContexts(Library const& library, int32_t tactic)
 {
     DeviceLayer<__half> const device(library, Layer(pifa::kOps[0], 576, 576, 168, true, true, 2), 3);
-    Context<__half> alone(device, PIFA_PATH_DECODE);
+    Context<__half> alone(device, tactic);
     alone.poison();
     CHECK(alone.enqueue() == 0);
     std::vector<__half> const expected = alone.result();
@@ -180,7 +181,7 @@ inline void checkContexts(Library const& library)
     for (int i = 0; i < 4; ++i)
     {
         threads.emplace_back([&] {
-            Context<__half> context(device, PIFA_PATH_DECODE);
+            Context<__half> context(device, tactic);
             for (int round = 0; round < 50; ++round)
             {
                 CHECK(context.enqueue() == 0);
@@ -218,7 +219,8 @@ inline int32_t runOnDevice(Library const& library)
             ++layers;
         }
     }
-    checkContexts(library);
+    checkContexts(library, PIFA_PATH_DECODE);
+    checkContexts(library, PIFA_PATH_COOPERATIVE);
     printf("%lld checks of enqueue over %d layers, %lld graph replays\n", static_cast<long long>(checks()), layers,
         static_cast<long long>(replays()));
     return failures() == 0 ? 0 : 1;

@@ -4,7 +4,7 @@
 #ifdef PIFA_TEST_CUBLASLT
 #include "../pifaLinear/cublasLtProduct.h"
 #endif
-#include "../pifaLinear/pifaLinearGroup.h"
+#include "../pifaLinear/pifaLinearOneLaunch.h"
 
 #include <utility>
 #include <vector>
@@ -14,7 +14,9 @@ namespace pifa
 namespace
 {
 
-int64_t gLaunches = 0; // of the row kernel
+int64_t gLaunches = 0; // of the decode kernels
+DeviceTraits gDevice{90, true, true};
+int64_t gResidentBlocks = 3; // so few that blocks loop
 int64_t gChunkTokens = 0; // of the GEMM path, where a test wants fewer than 2^31 elements would need
 
 struct HostExecutor
@@ -70,12 +72,11 @@ struct HostExecutor
     }
 
     template <int kTokens, int kVector, bool kGather, typename Weight, typename Activation, int kMost>
-    int32_t rows(RowSet<Weight, Activation, kMost> const& set, bool)
+    void blocks(RowSet<Weight, Activation, kMost> const& set, int64_t grid)
     {
-        ++gLaunches;
-        for (int64_t block = 0; block < set.grid; ++block)
+        for (int64_t block = 0; block < grid; ++block)
         {
-            for (int64_t i = block; i < set.tiles; i += set.grid)
+            for (int64_t i = block; i < set.tiles; i += grid)
             {
                 int const member = memberOf(set, i);
                 RowLaunch const& launch = set.launches[member];
@@ -86,6 +87,27 @@ struct HostExecutor
                 }
             }
         }
+    }
+
+    template <int kTokens, int kVector, bool kGather, typename Weight, typename Activation, int kMost>
+    int32_t rows(RowSet<Weight, Activation, kMost> const& set, bool)
+    {
+        ++gLaunches;
+        blocks<kTokens, kVector, kGather>(set, set.grid);
+        return PIFA_OK;
+    }
+
+    template <int kTokens, typename T, int kMost>
+    int32_t together(PhasePair<T, kMost> const& pair)
+    {
+        if (!gDevice.cooperates)
+        {
+            return PIFA_UNSUPPORTED;
+        }
+        ++gLaunches;
+        int64_t const grid = oneLaunchGrid(pair.first.tiles, pair.second.tiles, gResidentBlocks);
+        blocks<kTokens, kVectorElements<T>, false>(pair.first, grid);
+        blocks<kTokens, kVectorElements<T>, false>(pair.second, grid);
         return PIFA_OK;
     }
 
@@ -131,12 +153,24 @@ struct HostExecutor
 #endif
 };
 
+int32_t resolvePath(PifaProblem const& problem, int32_t path)
+{
+    int32_t const preferred = path != PIFA_PATH_AUTO    ? path
+        : rulePath(problem) == PIFA_PATH_GEMM ? int32_t{PIFA_PATH_GEMM}
+                                              : ruleLaunch(gDevice);
+    bool const falls = path == PIFA_PATH_AUTO && preferred == PIFA_PATH_COOPERATIVE && !servesOneLaunch(problem);
+    return falls ? int32_t{PIFA_PATH_DECODE} : preferred;
+}
+
 } // namespace
 } // namespace pifa
 
 int32_t pifaLinearCheck(PifaProblem const* problem, int32_t path)
 {
-    return pifa::checkProblem(problem, path);
+    int32_t const status = pifa::checkProblem(problem, path);
+    bool const serves = path != PIFA_PATH_COOPERATIVE
+        || (status == PIFA_OK && pifa::gDevice.cooperates && pifa::servesOneLaunch(*problem));
+    return status != PIFA_OK || serves ? status : int32_t{PIFA_UNSUPPORTED};
 }
 
 int64_t pifaLinearWorkspaceBytes(PifaProblem const* problem, int32_t path)
@@ -148,12 +182,12 @@ int64_t pifaLinearWorkspaceBytes(PifaProblem const* problem, int32_t path)
 int32_t pifaLinearChosenPath(PifaProblem const* problem)
 {
     int32_t const status = pifa::checkProblem(problem, PIFA_PATH_AUTO);
-    return status == PIFA_OK ? pifa::rulePath(*problem) : status;
+    return status == PIFA_OK ? pifa::resolvePath(*problem, PIFA_PATH_AUTO) : status;
 }
 
 int32_t pifaLinearPrepare(PifaProblem const* problem, int32_t path)
 {
-    return pifa::checkProblem(problem, path);
+    return pifaLinearCheck(problem, path);
 }
 
 int32_t pifaLinearEnqueue(PifaProblem const* problem, PifaBuffers const* buffers, int32_t path, void*)
@@ -169,7 +203,9 @@ int32_t pifaLinearEnqueue(PifaProblem const* problem, PifaBuffers const* buffers
         return status;
     }
     pifa::HostExecutor execute{buffers->workspace};
-    return pifa::run(*problem, *buffers, path == PIFA_PATH_AUTO ? pifa::rulePath(*problem) : path, execute);
+    int32_t const taken = pifa::resolvePath(*problem, path);
+    return taken == PIFA_PATH_COOPERATIVE ? pifa::runOneLaunch(problem, buffers, 1, execute)
+                                          : pifa::run(*problem, *buffers, taken, execute);
 }
 
 int32_t pifaLinearEnqueueGroup(
@@ -180,10 +216,14 @@ int32_t pifaLinearEnqueueGroup(
     {
         return status;
     }
-    if ((path == PIFA_PATH_AUTO ? pifa::rulePath(*problems) : path) == PIFA_PATH_DECODE)
+    pifa::HostExecutor execute{nullptr};
+    bool const falls = path == PIFA_PATH_AUTO && !std::all_of(problems, problems + count, pifa::servesOneLaunch);
+    int32_t const preferred = pifa::resolvePath(*problems, path);
+    int32_t const taken = falls && preferred == PIFA_PATH_COOPERATIVE ? int32_t{PIFA_PATH_DECODE} : preferred;
+    if (taken != PIFA_PATH_GEMM)
     {
-        pifa::HostExecutor execute{nullptr};
-        return pifa::runDecodeGroup(problems, buffers, count, execute);
+        return taken == PIFA_PATH_COOPERATIVE ? pifa::runOneLaunch(problems, buffers, count, execute)
+                                              : pifa::runDecodeGroup(problems, buffers, count, execute);
     }
     for (int32_t i = 0; status == PIFA_OK && i < count; ++i)
     {
@@ -203,7 +243,7 @@ int32_t pifaLinearOpVersion(void)
     return 1;
 }
 
-// Returns how often the row kernel was launched since the last question.
+// Returns how many launches of the decode kernels there were since the last question.
 extern "C" PIFA_EXPORT int64_t pifaTestLaunches(void)
 {
     return std::exchange(pifa::gLaunches, 0);
@@ -213,6 +253,20 @@ extern "C" PIFA_EXPORT int64_t pifaTestLaunches(void)
 extern "C" PIFA_EXPORT void pifaTestSetChunkTokens(int64_t tokens)
 {
     pifa::gChunkTokens = tokens;
+}
+
+// What the twins take for their device; `residentBlocks` fit on it at once.
+extern "C" PIFA_EXPORT void pifaTestSetDevice(
+    int32_t capability, int32_t overlaps, int32_t cooperates, int64_t residentBlocks)
+{
+    pifa::gDevice = pifa::DeviceTraits{capability, overlaps != 0, cooperates != 0};
+    pifa::gResidentBlocks = residentBlocks;
+}
+
+// For property tests: the grid of a cooperative launch.
+extern "C" PIFA_EXPORT int64_t pifaTestOneLaunchGrid(int64_t firstTiles, int64_t secondTiles, int64_t residentBlocks)
+{
+    return pifa::oneLaunchGrid(firstTiles, secondTiles, residentBlocks);
 }
 
 // For property tests: {tileTokens, vector, groupThreads, groupRows, rowTiles, tokenTiles, tiles, grid}.

@@ -99,6 +99,12 @@ struct Factors
         return pifa::toFloat(values[static_cast<size_t>(i)]);
     }
 
+    // Half the distance between subnormals: what rounding costs where values are tiny.
+    static double tiny()
+    {
+        return std::ldexp(1.0, sizeof(T) == 4 ? -150 : std::is_same<T, __half>::value ? -25 : -134);
+    }
+
     // The intermediate of one token in float64, and how far off it may be.
     void middle(int64_t token, double unit, std::vector<double>& z, std::vector<double>& off) const
     {
@@ -117,7 +123,7 @@ struct Factors
                 size += std::abs(term);
             }
             z[i] = sum;
-            off[i] = unit * std::abs(sum) + gamma * size;
+            off[i] = unit * std::abs(sum) + gamma * size + tiny();
         }
     }
 
@@ -146,7 +152,7 @@ struct Factors
                     bound += std::abs(w) * off[k];
                 }
                 double const b = p.hasBias ? at(bias, j) : 0.0;
-                bound += unit * (std::abs(value + b) + std::abs(b)) + 1e-8;
+                bound += unit * (std::abs(value + b) + std::abs(b)) + tiny();
                 double const error = std::abs(at(y, t * p.outFeatures + j) - (value + b)) / bound;
                 most = std::isnan(error) ? INFINITY : std::max(most, error);
             }

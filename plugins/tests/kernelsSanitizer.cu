@@ -7,6 +7,7 @@
 #include <deque>
 
 using namespace pifaTest;
+using pifa::padded;
 
 namespace
 {
@@ -35,7 +36,7 @@ double runCase(PifaProblem const& problem, int32_t path)
 
 // Three layers of one x in one call.
 template <typename T>
-double runGroup(int64_t tokens, int64_t inFeatures)
+double runGroup(int64_t tokens, int64_t inFeatures, int32_t path)
 {
     std::vector<PifaProblem> problems;
     std::vector<PifaBuffers> buffers;
@@ -65,7 +66,7 @@ double runGroup(int64_t tokens, int64_t inFeatures)
         void* const workspace = hold(static_cast<size_t>(pifaLinearWorkspaceBytes(&p, PIFA_PATH_DECODE)));
         buffers.push_back({x, weight, coefficients, static_cast<int32_t const*>(index), bias, y, workspace});
     }
-    int32_t const status = good ? pifaLinearEnqueueGroup(problems.data(), buffers.data(), 3, PIFA_PATH_DECODE, nullptr) : 2;
+    int32_t const status = good ? pifaLinearEnqueueGroup(problems.data(), buffers.data(), 3, path, nullptr) : 2;
     double most = status == PIFA_OK && succeeded(cudaDeviceSynchronize(), "kernel") ? 0.0 : INFINITY;
     for (int i = 0; i < 3 && most < INFINITY; ++i)
     {
@@ -94,23 +95,31 @@ int main(int argc, char** argv)
         return 3;
     }
     int const count = argc > 1 ? std::atoi(argv[1]) : 400;
-    int64_t const sizes[] = {1, 7, 8, 15, 16, 17, 31, 33, 129, 576};
+    int64_t const sizes[] = {1, 7, 8, 16, 17, 31, 33, 64, 129, 576};
     int64_t const tokens[] = {1, 2, 3, 5, 8, 9, 17};
     double most = 0.0;
     int failed = 0;
     int withoutCublasLt = 0;
+    int cooperative = 0;
     for (int i = 0; i < count; ++i)
     {
-        int64_t const n = sizes[generator()() % 10];
-        int64_t const m = sizes[generator()() % 10];
-        int64_t const rank = 1 + static_cast<int64_t>(generator()() % static_cast<uint64_t>(std::min(n, m)));
-        PifaProblem const p{i % 3, i / 3 % 2, tokens[generator()() % 7], n, m, rank, i / 6 % 2, i / 12 % 2};
-        int32_t const path = i / 24 % 2 ? PIFA_PATH_GEMM : PIFA_PATH_DECODE;
-        if (pifaLinearCheck(&p, path) == PIFA_NO_CUBLASLT)
+        int32_t path = 1 + i / 24 % 3;
+        // The cooperative path has kernels for whole loads only.
+        bool const whole = path == PIFA_PATH_COOPERATIVE;
+        int64_t const n = whole ? padded(sizes[generator()() % 10]) : sizes[generator()() % 10];
+        int64_t const m = whole ? padded(sizes[generator()() % 10]) : sizes[generator()() % 10];
+        int64_t const any = 1 + static_cast<int64_t>(generator()() % static_cast<uint64_t>(std::min(n, m)));
+        int32_t const form = i / 3 % 2;
+        int32_t const index = i / 6 % 2 && !(whole && form == PIFA_FORM_COLUMN);
+        PifaProblem const p{i % 3, form, tokens[generator()() % 7], n, m, whole ? padded(any) : any, index, i / 12 % 2};
+        int32_t const served = pifaLinearCheck(&p, path);
+        if (served == PIFA_NO_CUBLASLT)
         {
             ++withoutCublasLt;
             continue;
         }
+        path = served == PIFA_UNSUPPORTED ? int32_t{PIFA_PATH_DECODE} : path; // a device without it
+        cooperative += path == PIFA_PATH_COOPERATIVE;
         double const error = runDtype(p, path);
         most = std::max(most, error);
         if (!(error <= 2.0))
@@ -118,14 +127,19 @@ int main(int argc, char** argv)
             ++failed;
             std::printf("case %d: dtype %d form %d tokens %lld n %lld m %lld rank %lld index %d bias %d path %d: %g\n", i,
                 p.dtype, p.form, static_cast<long long>(p.tokens), static_cast<long long>(n), static_cast<long long>(m),
-                static_cast<long long>(rank), p.hasIndex, p.hasBias, path, error);
+                static_cast<long long>(p.rank), p.hasIndex, p.hasBias, path, error);
         }
     }
     for (int i = 0; i < count / 8; ++i)
     {
         int64_t const t = tokens[generator()() % 7];
         int64_t const n = 8 * (1 + static_cast<int64_t>(generator()() % 40));
-        double const error = i % 3 == 0 ? runGroup<float>(t, n) : i % 3 == 1 ? runGroup<__half>(t, n) : runGroup<__nv_bfloat16>(t, n);
+        PifaProblem const whole{i % 3, PIFA_FORM_ROW, t, n, n, 8, 0, 0};
+        bool const together = i / 3 % 2 && pifaLinearCheck(&whole, PIFA_PATH_COOPERATIVE) == PIFA_OK;
+        int32_t const path = together ? PIFA_PATH_COOPERATIVE : PIFA_PATH_DECODE;
+        double const error = i % 3 == 0 ? runGroup<float>(t, n, path)
+            : i % 3 == 1                ? runGroup<__half>(t, n, path)
+                                        : runGroup<__nv_bfloat16>(t, n, path);
         most = std::max(most, error);
         failed += !(error <= 2.0);
         if (!(error <= 2.0))
@@ -133,7 +147,8 @@ int main(int argc, char** argv)
             std::printf("group %d: tokens %lld n %lld: %g\n", i, static_cast<long long>(t), static_cast<long long>(n), error);
         }
     }
-    std::printf("%d groups of three layers; %d cases left out: no cuBLASLt\n", count / 8, withoutCublasLt);
+    std::printf("%d groups of three layers; %d cases left out: no cuBLASLt; %d cooperative\n", count / 8, withoutCublasLt,
+        cooperative);
     std::printf("%d cases, %d failed, worst error %.3f of the bound (2 allowed)\n", count - withoutCublasLt, failed, most);
     return failed == 0 ? 0 : 1;
 }
