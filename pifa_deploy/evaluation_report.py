@@ -24,10 +24,12 @@ class Row:
     """One model on all texts.
 
     Attributes:
+        name: what it is called.
         entry: the model.
         scores: label of the text -> score.
     """
 
+    name: str
     entry: Entry
     scores: Mapping[str, Score]
 
@@ -74,16 +76,20 @@ class EvaluateReport:
 
     def _row(self, row: Row) -> dict[str, Any]:
         texts = {label: score.to_json() | row.against(self.rows[0], label) for label, score in row.scores.items()}
-        return {**asdict(row.entry), "tokens_per_second": row.tokens_per_second, "texts": texts}
+        return {"name": row.name, **asdict(row.entry), "tokens_per_second": row.tokens_per_second, "texts": texts}
 
 
 def evaluate_all(
-    places: Sequence[str], texts: Mapping[str, Path], options: EvaluateOptions, *, stage: Stage = nullcontext
+    models: Mapping[str, str] | Sequence[str],
+    texts: Mapping[str, Path],
+    options: EvaluateOptions,
+    *,
+    stage: Stage = nullcontext,
 ) -> EvaluateReport:
     """Evaluates models one after the other; one at a time is in memory.
 
     Args:
-        places: see `open_contender`.
+        models: name -> place, or places, which are then their names too; see `open_contender`.
         texts: label -> UTF-8 file.
         options: see EvaluateOptions.
         stage: context manager that shows what is under way.
@@ -95,6 +101,8 @@ def evaluate_all(
             different tokens of a text.
         MissingCapabilityError: an engine folder, no such device, or no ONNX Runtime that runs the graph.
     """
+    named = models if isinstance(models, Mapping) else {place: place for place in models}
+    places = list(named.values())
     if not places or not texts:
         raise ValueError(f"{len(places)} models and {len(texts)} texts, expected at least one of each")
     # All that can be wrong with the last place before minutes go into the first one.
@@ -102,9 +110,9 @@ def evaluate_all(
         check_runnable(place, options.device)
     windows = _windows(places, texts, options)
     rows = []
-    for place in places:
-        with stage(f"evaluate {place}"):
-            rows.append(_row(place, windows, options))
+    for name, place in named.items():
+        with stage(f"evaluate {name}"):
+            rows.append(_row(name, place, windows, options))
     return EvaluateReport(texts=texts, options=options, rows=tuple(rows))
 
 
@@ -130,11 +138,11 @@ def _windows(places: Sequence[str], texts: Mapping[str, Path], options: Evaluate
     return windows
 
 
-def _row(place: str, windows: Mapping[str, list[Window]], options: EvaluateOptions) -> Row:
+def _row(name: str, place: str, windows: Mapping[str, list[Window]], options: EvaluateOptions) -> Row:
     contender = open_contender(place, device=options.device)
     scores = {}
     for label, each in windows.items():
         if contender.vocabulary is not None:
             check_vocabulary(torch.cat([window.ids for window in each]), contender.vocabulary)
         scores[label] = evaluate(contender.logits, each, batch_size=options.batch_size)
-    return Row(entry=contender.entry, scores=scores)
+    return Row(name=name, entry=contender.entry, scores=scores)

@@ -223,7 +223,7 @@ def _in_onnx_runtime(layer: nn.Module, threads: int) -> Prepared:
     )
 
     def prepare(x: torch.Tensor) -> tuple[PreparedCall, Callable[[], torch.Tensor]]:
-        y = torch.empty(len(x), int(layer.out_features), dtype=x.dtype)  # type: ignore[call-overload]
+        y = torch.empty(len(x), int(layer.out_features), dtype=x.dtype)  # type: ignore[arg-type]
         binding = session.io_binding()
         # An output that ONNX Runtime allocates anew in every run costs more than a small layer takes.
         for bind, name, tensor in ((binding.bind_input, "x", x), (binding.bind_output, "y", y)):

@@ -239,12 +239,12 @@ def score(nll: tuple[float, ...], *passes: tuple[int, float]) -> Score:
 
 def test_the_speed_leaves_out_the_first_forward_pass_where_there_are_more() -> None:
     scores = {"a": score((1, 2), (100, 10.0), (100, 1.0)), "b": score((3,), (50, 0.5))}
-    assert Row(entry=entry(), scores=scores).tokens_per_second == pytest.approx(150 / 1.5)
-    assert Row(entry=entry(), scores={"b": scores["b"]}).tokens_per_second == pytest.approx(100)
+    assert Row(name="m", entry=entry(), scores=scores).tokens_per_second == pytest.approx(150 / 1.5)
+    assert Row(name="m", entry=entry(), scores={"b": scores["b"]}).tokens_per_second == pytest.approx(100)
 
 
 def test_a_broken_model_stands_in_the_json_with_nulls() -> None:
-    rows = tuple(Row(entry=entry(), scores={"t": score((nll, 20.0), (8, 1.0))}) for nll in (20.0, math.nan, 1e5))
+    rows = tuple(Row(name="m", entry=entry(), scores={"t": score((nll, 20.0), (8, 1.0))}) for nll in (20.0, math.nan, 1e5))
     report = EvaluateReport(texts={"t": Path("t")}, options=OPTIONS, rows=rows)
     found = [row["texts"]["t"] for row in json.loads(json.dumps(report.to_json(), allow_nan=False))["rows"]]
     assert [each["perplexity"] for each in found] == [pytest.approx(math.exp(2)), None, None]

@@ -1,0 +1,93 @@
+"""The command that puts stage results together: report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pifa_deploy.cli import console
+from pifa_deploy.errors import ExitCode
+
+if TYPE_CHECKING:
+    from pifa_deploy.report_stages import Source
+
+_EXIT = {"passed": ExitCode.PASSED, "failed": ExitCode.GATE_FAILED, "not decided": ExitCode.NOT_DECIDED}
+_MARKS = {True: "passed", False: "FAILED", None: "not decided"}
+_PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")  # those of proof.PRECISIONS, which --help need not import
+
+
+@click.command("report")
+@click.option("--verify", multiple=True, metavar="[NAME=]FILE", help="What verify --json wrote; repeatable.")
+@click.option("--bench", multiple=True, metavar="[NAME=]FILE", help="What bench --json wrote; repeatable.")
+@click.option("--evaluate", multiple=True, metavar="[NAME=]FILE", help="What evaluate --json wrote; repeatable.")
+@click.option("--engine", multiple=True, metavar="[NAME=]DIR", help="An engine folder; repeatable.")
+@click.option("--checkpoint", multiple=True, metavar="[NAME=]DIR", help="A checkpoint, for its ranks; repeatable.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
+@click.option("--title", default="Deployment report", show_default=True)
+@click.option("--baseline-report", type=click.Path(path_type=Path), help="An earlier report.json to compare with.")
+@click.option("--require-precision", type=click.Choice(_PRECISIONS), help="Widest precision of any matrix product.")
+@click.option("--require-plugin", is_flag=True, help="Every PIFA module must be computed by a plugin layer.")
+@click.option("--require-sparse", is_flag=True, help="The build log must show that sparse kernels were picked.")
+@console.force_option
+@console.json_option
+def report_command(
+    out: Path,
+    title: str,
+    baseline_report: Path | None,
+    require_precision: str | None,
+    require_plugin: bool,
+    require_sparse: bool,
+    force: bool,
+    json_path: Path | None,
+    **given: tuple[str, ...],
+) -> int:
+    """Put the results of verify, bench and evaluate and the contents of engines into one report.
+
+    OUT gets report.json (docs/report.schema.json), report.md for a pull request, report.xml (JUnit) and report.html,
+    one file that loads nothing. The report collects the stages' decisions and measures nothing. NAME is what a result
+    is called; a 2:4 engine whose NAME, or folder, is that of a bench's contender also names that contender.
+    The --require options are gates on the engines.
+
+    Exit code 1 when a gate failed, 3 when there is none or one could not be decided; the report is written anyway.
+    """
+    from pifa_deploy.proof import ProofGates
+    from pifa_deploy.report import ReportOptions, make_report, write_report
+    from pifa_deploy.report_stages import KINDS
+
+    gates = ProofGates(precision=require_precision, plugin=require_plugin, sparse=require_sparse)
+    if gates != ProofGates() and not given["engine"]:
+        raise ValueError("--require-precision, --require-plugin and --require-sparse ask about engines; give --engine")
+    options = ReportOptions(
+        sources=tuple(_source(kind, place) for kind in KINDS for place in given[kind]),
+        title=title,
+        command=console.command_line(),
+        gates=gates,
+        baseline=baseline_report,
+    )
+    report = make_report(options)
+    write_report(report, out, force=force)
+    if console.result(report, json_path):
+        click.echo(_gates(report["gates"]))
+    console.summary(f"{out}: {report['verdict']}", json_path)
+    return _EXIT[report["verdict"]]
+
+
+def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
+    columns = ("stage", "label", "name", "value", "limit")
+    rows = [(*(gate[column] for column in columns), _MARKS[gate["passed"]]) for gate in gates]
+    return console.table((*columns, "result"), rows)
+
+
+def _source(kind: str, place: str) -> Source:
+    """Returns the source of "NAME=PATH" or "PATH"; a path that exists is taken whole, "=" and all."""
+    from pifa_deploy.report_stages import Source
+
+    label, equals, path = place.partition("=")
+    if not equals or Path(place).exists():
+        return Source(kind=kind, label=None, path=Path(place))
+    if not label or not path:
+        raise ValueError(f"--{kind} is {place!r}, expected PATH or NAME=PATH")
+    return Source(kind=kind, label=label, path=Path(path))

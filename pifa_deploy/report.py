@@ -1,0 +1,162 @@
+"""Stage results -> one report: report.json for programs, report.md, report.xml (JUnit) and report.html for people.
+
+Nothing is measured or judged here. The decisions of the stages are collected, and the verdict is "failed" where one
+failed, "not decided" where there is none at all or one could not be taken, "passed" otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from pifa_deploy import __version__
+from pifa_deploy.output_folder import new_folder, write_json, write_text
+from pifa_deploy.proof import ProofGates
+from pifa_deploy.report_html import html_page
+from pifa_deploy.report_junit import junit_xml
+from pifa_deploy.report_markdown import markdown
+from pifa_deploy.report_schema import REPORT, SCHEMA, validate
+from pifa_deploy.report_stages import KINDS, Source, check_schema, read_json, read_source
+from pifa_deploy.report_variants import figures_of
+
+REPORT_JSON = "report.json"
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """What a report is made of.
+
+    Attributes:
+        sources: the stage results, in the order to show.
+        title: heading.
+        command: the command line that makes it, shown as it is.
+        gates: what the engines must contain.
+        baseline: report.json of an earlier report, whose figures stand beside those of this one.
+    """
+
+    sources: tuple[Source, ...]
+    title: str = "Deployment report"
+    command: str | None = None
+    gates: ProofGates = field(default_factory=ProofGates)
+    baseline: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for no source at all, or two of one kind with the same name."""
+        if not self.sources:
+            raise ValueError("there is nothing to report; give --verify, --bench, --evaluate, --engine or --checkpoint")
+        seen: dict[tuple[str, str], Path] = {}
+        for source in self.sources:
+            other = seen.setdefault((source.kind, source.name), source.path)
+            if other is not source.path:
+                raise ValueError(
+                    f"{other} and {source.path} are both called {source.name!r}; name one as --{source.kind} NAME=PATH"
+                )
+
+
+def make_report(options: ReportOptions) -> Json:
+    """Returns report.json.
+
+    Raises:
+        InputMissingError, InputRefusedError: as `read_source` and `read_report`.
+    """
+    stages: dict[str, list[Json]] = {kind: [] for kind in KINDS}
+    for source in options.sources:
+        stages[source.kind].append({"label": source.name, "content": read_source(source, options.gates)})
+    gates, figures = gates_of(stages), figures_of(stages)
+    before = read_report(options.baseline) if options.baseline else None
+    report = {
+        "artefact": "report",
+        "schema": SCHEMA,
+        "title": options.title,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "version": __version__,
+        "command": options.command,
+        "verdict": verdict_of(gates),
+        "gates": gates,
+        "figures": figures,
+        "changes": changes(before["figures"], figures) if before else [],
+        "stages": stages,
+    }
+    validate(report, REPORT, "report")
+    return report
+
+
+def write_report(report: Json, out: Path | str, *, force: bool = False) -> None:
+    """Writes the folder `out`: report.json, report.md, report.xml and report.html.
+
+    Raises:
+        OutputExistsError, OutputHeldError, OutputError: as `new_folder`.
+    """
+    with new_folder(out, force=force) as folder:
+        write_json(folder / REPORT_JSON, report)
+        write_text(folder / "report.md", markdown(report))
+        write_text(folder / "report.xml", junit_xml(report))
+        write_text(folder / "report.html", html_page(report))
+
+
+def read_report(path: Path | str) -> Json:
+    """Returns the checked content of report.json; `path` is the file or the folder it lies in.
+
+    Raises:
+        InputMissingError: no such file.
+        InputRefusedError: it is malformed or of another schema; the message names the field.
+    """
+    file = Path(path) / REPORT_JSON if Path(path).is_dir() else Path(path)
+    report = read_json(file, "give a report.json written by `pifa-deploy report`")
+    if report.get("artefact") == "report":
+        check_schema(report.get("schema"), SCHEMA, file)
+    validate(report, REPORT, f"{file}: report")
+    return report
+
+
+def gates_of(stages: Mapping[str, Sequence[Json]]) -> list[Json]:
+    """Returns the decisions of all stages with where they come from."""
+    gates = []
+    for kind, entries in stages.items():
+        for entry in entries:
+            content = entry["content"]
+            decisions = [dict(decision) for decision in content.get("decisions", ())]
+            decisions += _unexplained(kind, content, decisions)
+            for decision in decisions:
+                decided = {key: decision.get(key) for key in ("name", "value", "limit", "passed", "reason")}
+                gates.append({"stage": kind, "label": entry["label"], **decided})
+    return gates
+
+
+def _unexplained(kind: str, content: Json, decisions: Sequence[Json]) -> list[Json]:
+    """Returns what a stage says of itself that its decisions do not: a failure, or a verification without a verdict."""
+    told = [decision["passed"] for decision in decisions]
+    verdict = content.get("passed", True)
+    reason = content.get("reason")
+    if verdict is False and False not in told:
+        reason = reason or "the stage says that it failed"
+    elif verdict is None and kind == "verify" and None not in told:
+        reason = reason or "the stage decided nothing"
+    else:
+        return []
+    return [{"name": kind, "value": None, "limit": None, "passed": verdict, "reason": reason}]
+
+
+def verdict_of(gates: Sequence[Json]) -> str:
+    """Returns "passed", "failed" or "not decided"."""
+    results = [gate["passed"] for gate in gates]
+    if False in results:
+        return "failed"
+    return "passed" if results and None not in results else "not decided"
+
+
+def changes(before: Sequence[Json], now: Sequence[Json]) -> list[Json]:
+    """Returns the figures that both reports have, each with both values."""
+    former = {(figure["variant"], figure["figure"], figure["unit"]): figure["value"] for figure in before}
+    found = []
+    for figure in now:
+        key = (figure["variant"], figure["figure"], figure["unit"])
+        if key in former:
+            found.append(
+                dict(zip(("variant", "figure", "unit"), key, strict=True), before=former[key], now=figure["value"])
+            )
+    return found

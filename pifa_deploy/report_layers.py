@@ -1,0 +1,63 @@
+"""What a report shows of single layers: rank, error and time of each factorised linear, as maps."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from pifa_deploy.report_plots import heat_map
+
+_PLACE = re.compile(r"(?:^|.*\.)(\d+)\.(?:.*\.)?([^.]+)")
+# Names under which a verification may state the error of a module, with what they mean.
+_ERRORS = {
+    "rho": "error / expected rounding",
+    "weight_error": "relative error of the weight",
+    "relative_error": "relative error",
+}
+Json = Mapping[str, Any]
+Cells = dict[tuple[int, str], float]
+
+
+def layer_maps(stages: Mapping[str, Sequence[Json]]) -> Iterator[tuple[str, str]]:
+    """Yields (title, SVG) of every figure that is known of each layer."""
+    for entry in stages["checkpoint"]:
+        ranks = {name: int(spec["rank"]) for name, spec in entry["content"]["modules"].items()}
+        yield from _map(f"{entry['label']}: rank", ranks)
+    for entry in stages["verify"]:
+        for title, errors in module_errors(entry["content"].get("levels")):
+            yield from _map(f"{entry['label']}: {title}", errors, log=True)
+    for entry in stages["bench"]:
+        layers = entry["content"].get("layers") or []
+        for contender in dict.fromkeys(name for layer in layers for name in layer["times_us"]):
+            times = {layer["name"]: layer["times_us"].get(contender) for layer in layers}
+            known = {name: time for name, time in times.items() if time is not None}
+            yield from _map(f"{entry['label']}: {contender}, microseconds", known)
+
+
+def module_errors(levels: Any) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yields (what, module -> error) of the levels of a verification that state one for each module."""
+    for content in levels.values() if isinstance(levels, Mapping) else ():
+        rows = content.get("modules") or content.get("layers") if isinstance(content, Mapping) else None
+        if isinstance(rows, Mapping):
+            rows = [{"name": name, **row} for name, row in rows.items() if isinstance(row, Mapping)]
+        for field, meaning in _ERRORS.items():
+            found = {
+                str(row.get("name", row.get("module"))): float(row[field])
+                for row in (rows if isinstance(rows, list) else ())
+                if isinstance(row, Mapping) and isinstance(row.get(field), int | float)
+            }
+            if found:
+                yield meaning, found
+
+
+def _map(title: str, values: Mapping[str, float], *, log: bool = False) -> Iterator[tuple[str, str]]:
+    cells = _cells(values)
+    if cells:
+        yield title, heat_map(cells, title=title, digits=3, log=log)
+
+
+def _cells(values: Mapping[str, float]) -> Cells:
+    """Returns (layer, module) -> value of the modules whose names hold the number of a layer."""
+    found = {_PLACE.fullmatch(name): value for name, value in values.items()}
+    return {(int(match[1]), match[2]): value for match, value in found.items() if match}
