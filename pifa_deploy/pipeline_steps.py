@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from pifa_deploy.compression.sparsity import PRUNING_METHODS
 from pifa_deploy.pipeline_file import BenchTable, PipelineFile, Table, Variant
 from pifa_deploy.targets import RTX
 
@@ -66,14 +67,14 @@ def _cpu_steps(file: PipelineFile, arguments: Arguments) -> Iterator[Step]:
         if variant.build is not None and _backend(variant) == RTX:
             yield _step(file, variant, "build", (_place(file, variant.name, "onnx"),), arguments)
     if file.evaluate is not None:
-        places = tuple(f"{_checkpoint(file, variant)}" for variant in file.variants)
+        places = {variant.name: _checkpoint(file, variant) for variant in file.variants}
         output = file.output / "evaluate.json"
         options = arguments("evaluate", file.evaluate, f"{file.path}: [evaluate]")
         yield Step(
             title="evaluate",
-            arguments=("evaluate", *places, *options, "--json", str(output)),
+            arguments=("evaluate", *_labelled(places), *options, "--json", str(output)),
             output=output,
-            needs=tuple(map(Path, places)),
+            needs=tuple(places.values()),
         )
     for table in file.bench:
         yield _measure(file, table, "onnx", arguments)
@@ -138,7 +139,7 @@ def _measure(file: PipelineFile, table: BenchTable, artefact: str, arguments: Ar
     options = arguments("bench", table.options, f"{file.path}: [bench.{table.name}]")
     return Step(
         title=f"bench {table.name} {artefact}",
-        arguments=("bench", *(f"{name}={place}" for name, place in places.items()), *options, "--json", str(output)),
+        arguments=("bench", *_labelled(places), *options, "--json", str(output)),
         output=output,
         needs=tuple(places.values()),
         judges=True,
@@ -150,10 +151,12 @@ def _report(file: PipelineFile, arguments: Arguments) -> Iterator[Step]:
         return
     inputs: list[tuple[str, str, Path]] = []
     for variant in file.variants:
-        for artefact in ("onnx", "engine"):
-            inputs.append(("--verify", variant.name, _place(file, variant.name, f"verify-{artefact}.json")))
-        inputs.append(("--engine", variant.name, _place(file, variant.name, "engine")))
-        inputs.append(("--checkpoint", variant.name, _checkpoint(file, variant)))
+        name = variant.name
+        inputs.append(("--verify", name, _place(file, name, "verify-onnx.json")))
+        inputs.append(("--verify", f"{name} engine", _place(file, name, "verify-engine.json")))
+        inputs.append(("--engine", name, _place(file, name, "engine")))
+        if _has_ranks(variant):
+            inputs.append(("--checkpoint", name, _checkpoint(file, variant)))
     inputs.append(("--evaluate", "", file.output / "evaluate.json"))
     for table in file.bench:
         inputs += [
@@ -167,6 +170,16 @@ def _report(file: PipelineFile, arguments: Arguments) -> Iterator[Step]:
         output=output,
         reads_too=tuple(inputs),
         judges=True,
+    )
+
+
+def _labelled(places: Mapping[str, Path]) -> list[str]:
+    return [f"{name}={place}" for name, place in places.items()]
+
+
+def _has_ranks(variant: Variant) -> bool:
+    return variant.source in ("import", "relayout") or (
+        variant.source == "compress" and variant.options.get("method") not in PRUNING_METHODS
     )
 
 

@@ -1,11 +1,13 @@
 """Stage results -> one report: report.json for programs, report.md, report.xml (JUnit) and report.html for people.
 
-Nothing is measured or judged here. The decisions of the stages are collected, and the verdict is "failed" where one
-failed, "not decided" where there is none at all or one could not be taken, "passed" otherwise.
+Nothing is measured here. The decisions of the stages are collected, with those about an earlier report where a limit is
+given. The verdict is "failed" where one failed, "not decided" where there is none at all or one could not be taken,
+"passed" otherwise.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -18,6 +20,7 @@ from pifa_deploy.proof import ProofGates
 from pifa_deploy.report_html import html_page
 from pifa_deploy.report_junit import junit_xml
 from pifa_deploy.report_markdown import markdown
+from pifa_deploy.report_regression import regressions
 from pifa_deploy.report_schema import REPORT, SCHEMA, validate
 from pifa_deploy.report_stages import KINDS, Source, check_schema, read_json, read_source
 from pifa_deploy.report_variants import figures_of
@@ -36,6 +39,7 @@ class ReportOptions:
         command: the command line that makes it, shown as it is.
         gates: what the engines must contain.
         baseline: report.json of an earlier report, whose figures stand beside those of this one.
+        max_regression: largest relative worsening of such a figure that passes; None judges none.
     """
 
     sources: tuple[Source, ...]
@@ -43,9 +47,15 @@ class ReportOptions:
     command: str | None = None
     gates: ProofGates = field(default_factory=ProofGates)
     baseline: Path | None = None
+    max_regression: float | None = None
 
     def __post_init__(self) -> None:
-        """Raises ValueError for no source at all, or two of one kind with the same name."""
+        """Raises ValueError for no source at all, two of one kind with the same name, or a limit on nothing."""
+        if self.max_regression is not None and (self.baseline is None or not 0 <= self.max_regression < math.inf):
+            raise ValueError(
+                f"max_regression is {self.max_regression} with {self.baseline or 'no baseline'}, expected a share of at"
+                " least 0 and an earlier report"
+            )
         if not self.sources:
             raise ValueError("there is nothing to report; give --verify, --bench, --evaluate, --engine or --checkpoint")
         seen: dict[tuple[str, str], Path] = {}
@@ -68,6 +78,9 @@ def make_report(options: ReportOptions) -> Json:
         stages[source.kind].append({"label": source.name, "content": read_source(source, options.gates)})
     gates, figures = gates_of(stages), figures_of(stages)
     before = read_report(options.baseline) if options.baseline else None
+    if before and options.max_regression is not None:
+        decisions = regressions(before, figures, stages, options.max_regression)
+        gates += [{"stage": "baseline", "label": before["title"], **decision} for decision in decisions]
     report = {
         "artefact": "report",
         "schema": SCHEMA,

@@ -163,7 +163,7 @@ EVALUATE = Fields(
                     "texts": Named(value=Fields(required=dict.fromkeys(_SCORE_FIGURES, NUMBER_OR_NULL))),
                 },
                 optional={
-                    **dict.fromkeys(("runtime", "device", "dtype"), TEXT_OR_NULL),
+                    **dict.fromkeys(("name", "runtime", "device", "dtype"), TEXT_OR_NULL),
                     **dict.fromkeys(("parameters", "weight_bytes", "tokens_per_second"), NUMBER_OR_NULL),
                 },
             )

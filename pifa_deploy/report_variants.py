@@ -217,9 +217,10 @@ def _evaluated(contender: Json, scores: Mapping[str, Json]) -> str | None:
 def _rows(entry: Json) -> Iterator[tuple[str, Json]]:
     """Yields (name, row) of an evaluation; the name is the last part of the path, or all of it where two end alike."""
     rows = entry["content"]["rows"]
-    names = [PurePath(row["checkpoint"]).name or row["checkpoint"] for row in rows]
+    given = [row.get("name") or row["checkpoint"] for row in rows]
+    names = [PurePath(name).name or name for name in given]
     for name, row in zip(names, rows, strict=True):
-        yield (name if names.count(name) == 1 else row["checkpoint"]), row
+        yield (name if names.count(name) == 1 else row.get("name") or row["checkpoint"]), row
 
 
 def _perplexities(row: Json) -> tuple[dict[str, Estimate], dict[str, Estimate]]:

@@ -129,8 +129,8 @@ def test_steps_follow_the_file_and_the_variants_own_options(file: Callable[[str]
         "relayout made/pifa/checkpoint made/low/checkpoint --force --layout pivoted",
         "export made/low/checkpoint made/low/onnx --force --dtype fp16",
         "build made/low/onnx made/low/engine --force --target rtx4090",
-        "evaluate dense made/pifa/checkpoint made/low/checkpoint --text held-out=held-out.txt --context 64 "
-        "--max-windows 2 --json made/evaluate.json",
+        "evaluate dense=dense pifa=made/pifa/checkpoint low=made/low/checkpoint --text held-out=held-out.txt "
+        "--context 64 --max-windows 2 --json made/evaluate.json",
     ]
 
 

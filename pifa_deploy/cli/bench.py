@@ -63,7 +63,7 @@ def bench_command(places: tuple[str, ...], json_path: Path | None, **flags: Any)
     With --choose PLAN the factorised layers of one checkpoint are measured instead, each in every form it can take.
     """
     plan, generated = flags.pop("plan"), flags.pop("generated")
-    named = _named(places)
+    named = console.named(places, lambda place: Path(place).name)
     if plan is not None:
         return _choose(named, plan, json_path, {**flags, "generated": generated})
     options = _options(flags)
@@ -111,22 +111,6 @@ def _choose(named: dict[str, str], path: Path, json_path: Path | None, flags: di
     counts = ", ".join(f"{number} {form}" for form, number in found.counts().items())
     console.summary(f"{path}: {counts}, on {found.device} with {found.runtime}", json_path)
     return ExitCode.PASSED
-
-
-def _named(places: tuple[str, ...]) -> dict[str, str]:
-    """Returns name -> place; a place without a name is called after its folder."""
-    found: dict[str, str] = {}
-    for given in places:
-        name, equals, place = given.partition("=")
-        # An existing path may hold an equals sign.
-        if not equals or Path(given).exists():
-            name, place = Path(given).name, given
-        if not name or not place:
-            raise ValueError(f"{given!r} is no contender, expected PLACE or NAME=PLACE")
-        if name in found:
-            raise ValueError(f"{found[name]} and {place} are both named {name!r}; name one as NAME={place}")
-        found[name] = place
-    return found
 
 
 def _options(flags: dict[str, Any]) -> BenchOptions:

@@ -118,6 +118,29 @@ def command_line() -> str:
     return shlex.join(words)
 
 
+def named(places: Sequence[str], default: Callable[[str], str]) -> dict[str, str]:
+    """Returns name -> place of PLACE and NAME=PLACE arguments.
+
+    Args:
+        places: as given; an existing path is taken whole, "=" and all.
+        default: place -> its name where none is given.
+
+    Raises:
+        ValueError: an empty name or place, or two of one name.
+    """
+    found: dict[str, str] = {}
+    for given in places:
+        name, equals, place = given.partition("=")
+        if not equals or Path(given).exists():
+            name, place = default(given), given
+        if not name or not place:
+            raise ValueError(f"{given!r} is no model, expected PLACE or NAME=PLACE")
+        if name in found:
+            raise ValueError(f"{found[name]} and {place} are both named {name!r}; name one as NAME={place}")
+        found[name] = place
+    return found
+
+
 def summary(text: str, json_path: Path | None) -> None:
     """Shows a closing line; on standard error where standard output carries the JSON."""
     click.echo(text, err=str(json_path) == "-")

@@ -28,6 +28,7 @@ _PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")  # those of proof.PRECISIO
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--title", default="Deployment report", show_default=True)
 @click.option("--baseline-report", type=click.Path(path_type=Path), help="An earlier report.json to compare with.")
+@click.option("--max-regression", type=float, metavar="SHARE", help="Fail where a figure is worse than there by more.")
 @click.option("--require-precision", type=click.Choice(_PRECISIONS), help="Widest precision of any matrix product.")
 @click.option("--require-plugin", is_flag=True, help="Every PIFA module must be computed by a plugin layer.")
 @click.option("--require-sparse", is_flag=True, help="The build log must show that sparse kernels were picked.")
@@ -37,6 +38,7 @@ def report_command(
     out: Path,
     title: str,
     baseline_report: Path | None,
+    max_regression: float | None,
     require_precision: str | None,
     require_plugin: bool,
     require_sparse: bool,
@@ -66,6 +68,7 @@ def report_command(
         command=console.command_line(),
         gates=gates,
         baseline=baseline_report,
+        max_regression=max_regression,
     )
     report = make_report(options)
     write_report(report, out, force=force)
