@@ -1,6 +1,6 @@
 """How far a runner's logits are from a reference's, and whether that is close enough.
 
-Measuring and judging are apart: `compare` gathers, `judge` decides, and a saved measurement can be judged
+Measuring and judging are apart: `Comparison` gathers, `judge` decides, and a saved measurement can be judged
 again with other gates.
 """
 
@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pifa_deploy.errors import InputRefusedError
+from pifa_deploy.logit_rows import FloatRows, blocks, bootstrap_interval, row_figures
 
-# A reference whose two best tokens are closer than this has no winner to agree with.
-TOP1_GAP = 1e-3
+# Positions that the bootstrap draws together.
+BLOCK = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,28 +28,46 @@ class Gates:
     Attributes:
         mean_kl: largest mean KL(reference || candidate) in nats per position.
         top1: smallest share of positions with the reference's best token, where its lead exceeds TOP1_GAP.
-        low_rank_ratio: largest mean KL relative to that of the low-rank product in the same dtype.
+        low_rank_ratio: largest mean KL, 99.9th percentile and |ΔNLL| relative to those of the low-rank product in the
+            same dtype and runtime.
+        p999_kl: largest 99.9th percentile of KL.
+        delta_nll: largest |mean of NLL(candidate) - NLL(reference)| in nats per position.
+        kl_floor: a mean KL of the low-rank product below it counts as this much, a 99.9th percentile as eight times it.
+        rho: largest error of a PIFA layer in units of its rounding bound.
+        source_ratio: largest Frobenius error of a PIFA layer against the low-rank pair it was made from, in units of
+            what storing its factors explains.
+        relative_error: largest relative Frobenius error of a layer against the dense weight it was made from.
     """
 
     mean_kl: float | None
     top1: float | None
     low_rank_ratio: float | None = 4.0
+    p999_kl: float | None = None
+    delta_nll: float | None = None
+    kl_floor: float | None = None
+    rho: float | None = 2.0
+    source_ratio: float | None = 2.0
+    relative_error: float | None = 1.0
 
     def __post_init__(self) -> None:
         """Raises ValueError for a limit that is not a number or out of range."""
         for name, value in asdict(self).items():
-            if value is not None and not (math.isfinite(value) and value >= 0):
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ValueError(f"gate {name} is {value!r}, expected a number")
+            if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"gate {name} is {value}, expected a finite number of at least 0")
         if self.top1 is not None and self.top1 > 1:
             raise ValueError(f"gate top1 is {self.top1}, expected a share of at most 1")
 
 
-# Honest PIFA shows two to three times the rounding noise of the low-rank product; the absolute limits
-# are four times what whole models showed per dtype.
+# Honest PIFA shows two to three times the rounding noise of the low-rank product; docs/parity.md says what whole models
+# showed per dtype, and how the absolute limits follow from it.
 DEFAULT_GATES = {
-    "fp32": Gates(mean_kl=1e-8, top1=1.0),
-    "fp16": Gates(mean_kl=2e-4, top1=0.993),
-    "bf16": Gates(mean_kl=1e-2, top1=0.965),
+    "fp32": Gates(mean_kl=1e-8, top1=1.0, p999_kl=1e-7, delta_nll=1e-4, kl_floor=1e-11),
+    "fp16": Gates(mean_kl=2e-4, top1=0.993, p999_kl=2e-3, delta_nll=2e-3, kl_floor=1e-7),
+    "bf16": Gates(mean_kl=1e-2, top1=0.965, p999_kl=1e-1, delta_nll=2e-2, kl_floor=1e-5),
 }
 
 
@@ -73,6 +92,10 @@ class Difference:
         p999_kl: 99.9th percentile of it.
         top1: share of decided positions with the same best token; 1 without decided positions.
         decided: positions where the reference's lead exceeds TOP1_GAP.
+        labelled: positions whose next token is known.
+        delta_nll: mean over those of NLL(candidate) - NLL(reference), nats; None without any.
+        delta_nll_low: lower end of its 95 % bootstrap interval; None without a position, and for a single case.
+        delta_nll_high: upper end of it.
     """
 
     name: str
@@ -84,22 +107,34 @@ class Difference:
     p999_kl: float
     top1: float
     decided: int
+    labelled: int = 0
+    delta_nll: float | None = None
+    delta_nll_low: float | None = None
+    delta_nll_high: float | None = None
 
 
 def difference_from_json(value: Mapping[str, Any]) -> Difference:
-    """Returns saved figures, so that `judge` can decide again with other gates; null stands for NaN."""
-    fields: dict[str, Any] = {name: math.nan if figure is None else figure for name, figure in value.items()}
+    """Returns saved figures, so that `judge` can decide again with other gates; null stands for NaN.
+
+    Raises:
+        TypeError: a field is missing, or none of Difference.
+    """
+    broken = not value.get("finite")
+    fields: dict[str, Any] = {
+        name: math.nan if figure is None and (broken or not name.startswith("delta_nll")) else figure
+        for name, figure in value.items()
+    }
     return Difference(**fields)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GateResult:
-    """One decision: `value` against `limit`."""
+    """One decision: `value` against `limit`; `passed` is None where the figure was never measured."""
 
     name: str
     value: float
     limit: float
-    passed: bool
+    passed: bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,11 +144,17 @@ class Verdict:
     gates: tuple[GateResult, ...]
 
     def __bool__(self) -> bool:
-        return all(gate.passed for gate in self.gates)
+        return self.passed is True
+
+    @property
+    def passed(self) -> bool | None:
+        """False when a gate failed, else None when one is not decided, else True."""
+        found = {gate.passed for gate in self.gates}
+        return False if False in found else None if None in found else True
 
     def failed(self) -> list[GateResult]:
         """Returns the gates that did not pass."""
-        return [gate for gate in self.gates if not gate.passed]
+        return [gate for gate in self.gates if gate.passed is False]
 
 
 class Comparison:
@@ -122,52 +163,40 @@ class Comparison:
     def __init__(self) -> None:
         """Starts empty."""
         self.cases: list[Difference] = []
-        self._rows: list[dict[str, npt.NDArray[np.float64]]] = []
+        self._rows: list[dict[str, FloatRows]] = []
 
-    def add(self, name: str, reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> Difference:
-        """Compares logits [positions, vocabulary]; float64 inside."""
-        rows = _row_figures(reference, candidate)
+    def add(
+        self,
+        name: str,
+        reference: npt.NDArray[Any],
+        candidate: npt.NDArray[Any],
+        labels: npt.NDArray[np.int64] | None = None,
+    ) -> Difference:
+        """Compares logits [positions, vocabulary]; float64 inside. `labels` [positions]: see `row_figures`."""
+        rows = row_figures(reference, candidate, labels)
         self._rows.append(rows)
         self.cases.append(_summed_up(name, rows))
         return self.cases[-1]
 
     def overall(self) -> Difference:
-        """Returns the figures over all cases."""
+        """Returns the figures over all cases; the interval draws blocks of at most BLOCK positions of one case."""
         keys = self._rows[0]
-        return _summed_up("overall", {key: np.concatenate([rows[key] for rows in self._rows]) for key in keys})
+        rows = {key: np.concatenate([rows[key] for rows in self._rows]) for key in keys}
+        found = _summed_up("overall", rows)
+        parts = np.concatenate([blocks(rows["nll"], BLOCK) for rows in self._rows])
+        if not found.finite or not len(parts):
+            return found
+        low, high = bootstrap_interval(parts)
+        return Difference(**{**asdict(found), "delta_nll_low": low, "delta_nll_high": high})
 
 
-def _row_figures(reference: npt.NDArray[Any], candidate: npt.NDArray[Any]) -> dict[str, npt.NDArray[np.float64]]:
-    columns: dict[str, list[float]] = {key: [] for key in ("finite", "max_abs", "cosine", "kl", "agree", "decided")}
-    for expected, found in zip(reference.astype(np.float64), candidate.astype(np.float64), strict=True):
-        finite = np.isfinite(expected).all() and np.isfinite(found).all()
-        columns["finite"].append(float(finite))
-        if not finite:
-            for key in columns.keys() - {"finite"}:
-                columns[key].append(math.nan)
-            continue
-        log_p, log_q = _log_softmax(expected), _log_softmax(found)
-        best, second = np.partition(expected, -2)[[-1, -2]]
-        columns["max_abs"].append(float(np.abs(expected - found).max()))
-        columns["cosine"].append(float(expected @ found / (np.linalg.norm(expected) * np.linalg.norm(found))))
-        columns["kl"].append(max(float(np.exp(log_p) @ (log_p - log_q)), 0.0))
-        columns["agree"].append(float(expected.argmax() == found.argmax()))
-        columns["decided"].append(float(best - second > TOP1_GAP))
-    return {key: np.array(values) for key, values in columns.items()}
-
-
-def _log_softmax(row: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    shifted = row - row.max()
-    result: npt.NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum())
-    return result
-
-
-def _summed_up(name: str, rows: dict[str, npt.NDArray[np.float64]]) -> Difference:
+def _summed_up(name: str, rows: dict[str, FloatRows]) -> Difference:
     finite = bool(rows["finite"].all())
     if not finite:
         rows = {key: np.full_like(values, math.nan) for key, values in rows.items()}
     decided = rows["decided"] > 0
     top1 = float(rows["agree"][decided].mean()) if decided.any() else 1.0
+    deltas = rows["nll"][~np.isnan(rows["nll"])]
     return Difference(
         name=name,
         positions=len(decided),
@@ -178,6 +207,8 @@ def _summed_up(name: str, rows: dict[str, npt.NDArray[np.float64]]) -> Differenc
         p999_kl=float(np.quantile(rows["kl"], 0.999)),
         top1=top1 if finite else math.nan,
         decided=int(decided.sum()),
+        labelled=len(deltas),
+        delta_nll=float(deltas.mean()) if len(deltas) else None,
     )
 
 
@@ -188,22 +219,48 @@ def judge(overall: Difference, gates: Gates, *, low_rank: Difference | None = No
         overall: the candidate's figures.
         gates: the limits.
         low_rank: figures of the low-rank product in the same dtype, None where there is no such thing
-            (a dense model); its gate is then left out.
+            (a dense model); its gates are then left out.
     """
     results = [GateResult(name="finite", value=float(overall.finite), limit=1.0, passed=overall.finite)]
     if gates.mean_kl is not None:
-        results.append(_at_most("mean_kl", overall.mean_kl, gates.mean_kl))
+        results.append(at_most("mean_kl", overall.mean_kl, gates.mean_kl))
     if gates.top1 is not None:
         passed = overall.top1 >= gates.top1
         results.append(GateResult(name="top1", value=overall.top1, limit=gates.top1, passed=passed))
+    if gates.p999_kl is not None:
+        results.append(at_most("p999_kl", overall.p999_kl, gates.p999_kl))
+    if gates.delta_nll is not None and (overall.delta_nll is not None or not overall.finite):
+        results.append(at_most("delta_nll", _size(overall), gates.delta_nll))
     if gates.low_rank_ratio is not None and low_rank is not None:
-        ratio = overall.mean_kl / low_rank.mean_kl if low_rank.mean_kl else math.inf if overall.mean_kl else 0.0
-        results.append(_at_most("low_rank_ratio", ratio, gates.low_rank_ratio))
+        results += _against_low_rank(overall, low_rank, gates.low_rank_ratio, floor=gates.kl_floor or 0.0)
     return Verdict(gates=tuple(results))
 
 
-def _at_most(name: str, value: float, limit: float) -> GateResult:
-    # NaN compares false and so fails.
+def _against_low_rank(found: Difference, twin: Difference, limit: float, *, floor: float) -> list[GateResult]:
+    """Returns the gates on ratios; a twin that by chance is all but exact counts as `floor`.
+
+    A mean ΔNLL may come out near zero by chance: what the twin shows is the farther end of its interval.
+    """
+    pairs = [
+        ("low_rank_ratio", found.mean_kl, max(twin.mean_kl, floor)),
+        ("low_rank_ratio_p999_kl", found.p999_kl, max(twin.p999_kl, 8 * floor)),
+    ]
+    if found.delta_nll is not None and twin.delta_nll_low is not None and twin.delta_nll_high is not None:
+        shown = max(abs(twin.delta_nll_low), abs(twin.delta_nll_high), math.sqrt(floor / max(found.labelled, 1)))
+        pairs.append(("low_rank_ratio_delta_nll", _size(found), shown))
+    return [at_most(name, _ratio(value, noise), limit) for name, value, noise in pairs]
+
+
+def _ratio(value: float, noise: float) -> float:
+    return value / noise if noise else math.inf if value else 0.0
+
+
+def _size(found: Difference) -> float:
+    return math.nan if found.delta_nll is None else abs(found.delta_nll)
+
+
+def at_most(name: str, value: float, limit: float) -> GateResult:
+    """Returns the decision that a value is no larger than its limit; one that is NaN is not."""
     return GateResult(name=name, value=value, limit=limit, passed=value <= limit)
 
 
@@ -212,7 +269,7 @@ def to_json(cases: Sequence[Difference], overall: Difference) -> dict[str, Any]:
     return {"cases": [json_figures(case) for case in cases], "overall": json_figures(overall)}
 
 
-def json_figures(record: Difference | GateResult) -> dict[str, Any]:
-    """Returns the fields of one record as JSON values, as `to_json` does."""
+def json_figures(record: Any) -> dict[str, Any]:
+    """Returns the fields of one dataclass as JSON values, as `to_json` does."""
     fields = asdict(record)
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in fields.items()}

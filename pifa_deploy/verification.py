@@ -1,84 +1,62 @@
-"""Is an ONNX folder the model it was exported from? fp32 PyTorch against ONNX Runtime on real text."""
+"""Is an ONNX folder the model it was exported from? Weights, operators and logits against fp32 PyTorch on real text."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pifa_deploy.calibration import HELD_OUT_TEXT, packaged_text, read_texts, token_ids
+from pifa_deploy.bisection import BISECTION_TOKENS, bisect
 from pifa_deploy.digest import model_sha256
 from pifa_deploy.errors import InputRefusedError
-from pifa_deploy.layouts import low_rank_pair
-from pifa_deploy.linear import LowRankLinear
-from pifa_deploy.model_folder import load_model, load_tokenizer, torch_dtype
+from pifa_deploy.graph_cut import CutGraph
+from pifa_deploy.logit_cases import Case, CaseOptions, cases, text_tokens
+from pifa_deploy.low_rank_twin import low_rank_twin
+from pifa_deploy.model_folder import load_model
 from pifa_deploy.onnx_folder import OnnxFolder, open_folder
-from pifa_deploy.parity import Comparison, Difference, Gates, Verdict, gates_for, json_figures, judge, to_json
-from pifa_deploy.runners import FloatArray, IntArray, OnnxRuntimeRunner, Runner, Step, TorchRunner
-from pifa_deploy.transformers_quantizer import factorised_modules
+from pifa_deploy.operator_parity import measure_operators
+from pifa_deploy.parity import Comparison, Gates, gates_for
+from pifa_deploy.runners import IntArray, OnnxRuntimeRunner, Runner, TorchRunner
+from pifa_deploy.source_parity import SourceWeights, measure_source
+from pifa_deploy.verification_report import LEVELS, LogitFigures, Measured, VerifyReport, judge_levels
+from pifa_deploy.weight_parity import measure_weights
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyOptions:
-    """What to compare and how strictly.
+class VerifyOptions(CaseOptions):
+    """What to compare and how strictly; see CaseOptions for the positions.
 
     Attributes:
-        text: UTF-8 files; the packaged held-out text when empty.
-        prefill_lengths: prompts run on their own, in tokens.
-        padded_lengths: prompts run as one batch, padded on the left to the longest.
-        decode_prompt: tokens before the teacher-forced decode steps.
-        decode_steps: number of single-token steps through the cache.
+        levels: some of LEVELS.
+        source: the checkpoint that the reference was made from, for the weights; not looked at when None.
+        bisect: replay each part of the graph on the reference's inputs, and name the first bad one.
+        operator_positions: tokens that each PIFA layer is run on.
         gates: limits; those of the ONNX folder's dtype when None.
     """
 
-    text: tuple[Path, ...] = ()
-    prefill_lengths: tuple[int, ...] = (1, 17, 128, 512)
-    padded_lengths: tuple[int, ...] = (40, 96, 71)
-    decode_prompt: int = 64
-    decode_steps: int = 32
+    levels: tuple[str, ...] = LEVELS
+    source: Path | str | None = None
+    bisect: bool = False
+    operator_positions: int = 128
     gates: Gates | None = None
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for lengths below 1."""
-        lengths = (*self.prefill_lengths, *self.padded_lengths, self.decode_prompt)
-        if not self.prefill_lengths or min(lengths) < 1 or self.decode_steps < 0:
-            raise ValueError(f"lengths are {lengths} and decode_steps {self.decode_steps}, expected at least 1 and 0")
 
     def tokens_needed(self) -> int:
         """Returns how long the text must be."""
-        return max(*self.prefill_lengths, sum(self.padded_lengths), self.decode_prompt + self.decode_steps)
+        return max(super().tokens_needed(), BISECTION_TOKENS if self.bisect else 0)
 
-
-@dataclass(frozen=True, kw_only=True)
-class VerifyReport:
-    """Figures and decisions of one verification; true when every gate passed."""
-
-    dtype: str
-    cases: tuple[Difference, ...]
-    overall: Difference
-    low_rank: Difference | None
-    gates: Gates
-    verdict: Verdict
-
-    def __bool__(self) -> bool:
-        return bool(self.verdict)
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the report as JSON values; it can be judged again with other gates."""
-        return {
-            "passed": bool(self),
-            "dtype": self.dtype,
-            **to_json(self.cases, self.overall),
-            "low_rank": json_figures(self.low_rank) if self.low_rank else None,
-            "gates": asdict(self.gates),
-            "decisions": [json_figures(gate) for gate in self.verdict.gates],
-        }
+    def __post_init__(self) -> None:
+        """Raises ValueError for lengths below 1 and unknown levels."""
+        super().__post_init__()
+        if not self.levels or set(self.levels) - set(LEVELS):
+            raise ValueError(f"levels are {self.levels}, expected some of {', '.join(LEVELS)}")
+        if self.operator_positions < 1:
+            raise ValueError(f"operator_positions is {self.operator_positions}, expected at least 1")
+        if self.source is not None and "weights" not in self.levels:
+            raise ValueError("a source was given without the level weights, which is what it is for; add the level")
 
 
 def verify_folder(onnx: Path | str, reference: Path | str, options: VerifyOptions) -> VerifyReport:
@@ -97,81 +75,67 @@ def verify_folder(onnx: Path | str, reference: Path | str, options: VerifyOption
     folder = open_folder(onnx)
     _check_source(folder, Path(reference))
     gates = options.gates or gates_for(folder.dtype)
-    candidate = OnnxRuntimeRunner(folder)
+    candidate = OnnxRuntimeRunner(folder) if "logits" in options.levels else None
     model = load_model(reference, dtype=torch.float32)
-    ids = _tokens(reference, options)
-    twin = low_rank_twin(model, torch_dtype(folder.dtype)) if gates.low_rank_ratio is not None else None
-    found, floor = measure(TorchRunner(model), candidate, twin and TorchRunner(twin), ids, options)
-    overall = found.overall()
-    low_rank = floor.overall() if floor else None
-    return VerifyReport(
-        dtype=folder.dtype,
-        cases=tuple(found.cases),
-        overall=overall,
-        low_rank=low_rank,
-        gates=gates,
-        verdict=judge(overall, gates, low_rank=low_rank),
+    graph = CutGraph(folder)
+    runs = options.bisect or {"operators", "logits"} & set(options.levels)
+    ids = text_tokens(reference, options) if runs else None
+    weights = measure_weights(model, graph) if "weights" in options.levels else None
+    source = _measure_source(reference, options.source) if options.source is not None else None
+    operators = None
+    if ids is not None and "operators" in options.levels:
+        operators = tuple(measure_operators(model, graph, ids[: options.operator_positions]))
+    logits = (
+        _measure_logits(model, candidate, ids, settings=(folder, gates, options))
+        if candidate and ids is not None
+        else None
     )
+    measured = Measured(dtype=folder.dtype, weights=weights, source=source, operators=operators, logits=logits)
+    found = bisect(model, graph, ids, rho_limit=gates.rho or 2.0) if options.bisect and ids is not None else None
+    return VerifyReport(measured=measured, gates=gates, verdict=judge_levels(measured, gates), bisection=found)
+
+
+def _measure_source(reference: Path | str, source: Path | str) -> SourceWeights:
+    return measure_source(load_model(reference, dtype=None), load_model(source, dtype=None))
+
+
+def _measure_logits(
+    model: PreTrainedModel,
+    candidate: Runner,
+    ids: IntArray,
+    *,
+    settings: tuple[OnnxFolder, Gates, CaseOptions],
+) -> LogitFigures:
+    folder, gates, options = settings
+    steps = list(cases(ids, options))
+    if gates.low_rank_ratio is None:
+        found, _ = measure(TorchRunner(model), candidate, None, steps)
+        return LogitFigures(cases=tuple(found.cases), overall=found.overall(), low_rank=None)
+    with low_rank_twin(model, folder) as twin:
+        runner = OnnxRuntimeRunner(twin) if twin else None
+        found, floor = measure(TorchRunner(model), candidate, runner, steps)
+    low_rank = floor.overall() if floor else None
+    return LogitFigures(cases=tuple(found.cases), overall=found.overall(), low_rank=low_rank)
 
 
 def measure(
-    reference: Runner, candidate: Runner, twin: Runner | None, ids: IntArray, options: VerifyOptions
+    reference: Runner, candidate: Runner, twin: Runner | None, steps: list[Case]
 ) -> tuple[Comparison, Comparison | None]:
     """Runs every case through all runners; returns the candidate's figures and the low-rank twin's."""
     found, floor = Comparison(), Comparison() if twin else None
-    steps = list(cases(ids, options))
     caches: list[Any] = [None, None, None]
-    for name, inputs in tqdm(steps, desc="verify", unit="step", disable=None, leave=False):
+    for case in tqdm(steps, desc="logits", unit="step", disable=None, leave=False):
+        inputs, labels = case.step, case.visible_labels()
         if inputs.starts:
             caches = [None, None, None]
         expected, caches[0] = reference.step(inputs, caches[0])
+        rows = case.visible(expected)
         logits, caches[1] = candidate.step(inputs, caches[1])
-        found.add(name, _visible(expected, inputs), _visible(logits, inputs))
+        found.add(case.name, rows, case.visible(logits), labels)
         if twin and floor:
             logits, caches[2] = twin.step(inputs, caches[2])
-            floor.add(name, _visible(expected, inputs), _visible(logits, inputs))
+            floor.add(case.name, rows, case.visible(logits), labels)
     return found, floor
-
-
-def cases(ids: IntArray, options: VerifyOptions) -> Iterator[tuple[str, Step]]:
-    """Yields (name, step): prefills, a padded batch, then a prompt and decode steps that share one cache."""
-    for length in options.prefill_lengths:
-        yield f"prefill {length}", Step.after(0, ids[:length])
-    if options.padded_lengths:
-        yield f"padded batch {'+'.join(map(str, options.padded_lengths))}", _padded(ids, options.padded_lengths)
-    if options.decode_steps:
-        yield f"prompt {options.decode_prompt}", Step.after(0, ids[: options.decode_prompt])
-        for past in range(options.decode_prompt, options.decode_prompt + options.decode_steps):
-            yield f"decode at {past}", Step.after(past, ids[past : past + 1])
-
-
-def low_rank_twin(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel | None:
-    """Returns the same function with every PIFA layer stored as the balanced SVD pair U, V, in `dtype`.
-
-    It shows what rounding costs the stock low-rank format of the very same matrices. None for a model
-    without PIFA layers.
-    """
-    import copy
-
-    layers = {name: layer for name, layer in factorised_modules(model).items() if not isinstance(layer, LowRankLinear)}
-    if not layers:
-        return None
-    # Only what is not replaced has to be copied.
-    memo = {id(layer): layer for layer in layers.values()}
-    twin = copy.deepcopy(model, memo)
-    for name, layer in tqdm(layers.items(), desc="low-rank twin", unit="layer", disable=None, leave=False):
-        u, v = _balanced(*low_rank_pair(layer))
-        bias = None if layer.bias is None else layer.bias.detach().clone()
-        twin.set_submodule(name, LowRankLinear.from_pair(u.to(dtype), v.to(dtype), bias))
-    return twin.to(dtype).eval()
-
-
-def _balanced(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the pair of the same product that shares its singular values evenly between the two."""
-    basis, triangle = torch.linalg.qr(left)
-    u, s, v = torch.linalg.svd(triangle @ right, full_matrices=False)
-    root = s.sqrt()
-    return (basis @ u) * root, root[:, None] * v
 
 
 def _check_source(folder: OnnxFolder, reference: Path) -> None:
@@ -181,37 +145,3 @@ def _check_source(folder: OnnxFolder, reference: Path) -> None:
             f"{folder.path / 'pifa.json'}: was exported from a checkpoint with hash {expected[:12]}…, "
             f"{reference} has another; name the checkpoint it came from or export again"
         )
-
-
-def _tokens(reference: Path | str, options: VerifyOptions) -> IntArray:
-    paths = options.text or (packaged_text(HELD_OUT_TEXT),)
-    ids = token_ids(read_texts(paths), load_tokenizer(reference))
-    if len(ids) < options.tokens_needed():
-        raise InputRefusedError(
-            f"{', '.join(map(str, paths))}: {len(ids)} tokens, verification needs {options.tokens_needed()}"
-        )
-    tokens: IntArray = ids.numpy()
-    return tokens
-
-
-def _padded(ids: IntArray, lengths: tuple[int, ...]) -> Step:
-    width = max(lengths)
-    shape = (len(lengths), width)
-    step = Step(
-        input_ids=np.full(shape, ids[0]),
-        attention_mask=np.zeros(shape, np.int64),
-        position_ids=np.zeros(shape, np.int64),
-    )
-    start = 0
-    for row, length in enumerate(lengths):
-        step.input_ids[row, width - length :] = ids[start : start + length]
-        step.attention_mask[row, width - length :] = 1
-        step.position_ids[row, width - length :] = np.arange(length)
-        start += length
-    return step
-
-
-def _visible(logits: FloatArray, inputs: Step) -> FloatArray:
-    """Returns the logits [positions, vocabulary] of the tokens that are not padding."""
-    rows: FloatArray = logits[inputs.attention_mask[:, -logits.shape[1] :] == 1]
-    return rows

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from scipy.spatial.distance import cosine
-from scipy.special import rel_entr, softmax
+from scipy.special import log_softmax, rel_entr, softmax
 
+from pifa_deploy.logit_rows import TOP1_GAP, blocks, bootstrap_interval
 from pifa_deploy.parity import (
     DEFAULT_GATES,
-    TOP1_GAP,
     Comparison,
     Difference,
     GateResult,
@@ -125,13 +125,14 @@ def test_overall_weighs_positions_and_not_cases() -> None:
     for i, (reference, candidate) in enumerate(cases):
         comparison.add(f"case {i}", reference, candidate)
     whole = Comparison().add("overall", *(np.concatenate(part) for part in zip(*cases, strict=True)))
-    assert asdict(comparison.overall()) == pytest.approx(asdict(whole))
+    overall = asdict(comparison.overall())
+    assert overall == {key: pytest.approx(value) for key, value in asdict(whole).items()}
     assert [case.name for case in comparison.cases] == ["case 0", "case 1", "case 2"]
 
 
 def test_another_number_of_positions_is_an_error() -> None:
     reference, candidate = logits(5, 0.1)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match=r"logits are \[5, 50\] and \[4, 50\]; expected as many"):
         Comparison().add("", reference, candidate[:4])
 
 
@@ -148,7 +149,13 @@ def test_one_value_that_is_not_finite_fails_every_gate(side: str, bad: float) ->
     assert not overall.finite
     verdict = judge(overall, GATES, low_rank=SOUND)
     assert not verdict
-    assert [gate.name for gate in verdict.failed()] == ["finite", "mean_kl", "top1", "low_rank_ratio"]
+    assert [gate.name for gate in verdict.failed()] == [
+        "finite",
+        "mean_kl",
+        "top1",
+        "low_rank_ratio",
+        "low_rank_ratio_p999_kl",
+    ]
     assert not judge(overall, Gates(mean_kl=None, top1=None, low_rank_ratio=None))
     written = json.dumps(to_json(comparison.cases, overall), allow_nan=False)
     figures = json.loads(written)
@@ -163,7 +170,8 @@ class TestJudging:
         verdict = judge(SOUND, GATES, low_rank=replace(SOUND, mean_kl=5e-5))
         assert verdict
         assert not verdict.failed()
-        assert [gate.name for gate in verdict.gates] == ["finite", "mean_kl", "top1", "low_rank_ratio"]
+        names = ["finite", "mean_kl", "top1", "low_rank_ratio", "low_rank_ratio_p999_kl"]
+        assert [gate.name for gate in verdict.gates] == names
 
     @pytest.mark.parametrize(
         ("change", "gate", "value", "limit"),
@@ -196,13 +204,13 @@ class TestJudging:
     def test_at_most_four_times_the_noise_of_low_rank_is_allowed(self, noise: float, passes: bool) -> None:
         verdict = judge(SOUND, GATES, low_rank=replace(SOUND, mean_kl=noise))
         assert bool(verdict) is passes
-        assert verdict.gates[-1].value == (SOUND.mean_kl / noise if noise else math.inf)
+        assert verdict.gates[3].value == (SOUND.mean_kl / noise if noise else math.inf)
         json.dumps([json_figures(gate) for gate in verdict.gates], allow_nan=False)
 
     def test_no_noise_on_both_sides_is_no_ratio(self) -> None:
         verdict = judge(replace(SOUND, mean_kl=0.0), GATES, low_rank=replace(SOUND, mean_kl=0.0))
         assert verdict
-        assert verdict.gates[-1].value == 0.0
+        assert verdict.gates[3].value == 0.0
 
     def test_a_model_without_low_rank_layers_has_no_ratio(self) -> None:
         assert "low_rank_ratio" not in [gate.name for gate in judge(SOUND, GATES).gates]
@@ -250,3 +258,86 @@ def test_saved_figures_of_a_broken_run_fail_again() -> None:
     loaded = difference_from_json(json.loads(json.dumps(json_figures(broken.overall()))))
     assert math.isnan(loaded.mean_kl)
     assert not judge(loaded, Gates(mean_kl=1.0, top1=None))
+
+
+class TestNllDifference:
+    def test_is_that_of_scipy_at_the_labels(self) -> None:
+        reference, candidate = logits(400, 0.3)
+        labels = np.random.default_rng(1).integers(0, 50, 400)
+        labels[::7] = -1
+        comparison = Comparison()
+        comparison.add("case", reference, candidate, labels)
+        found = comparison.overall()
+        known = labels >= 0
+        p, q = (log_softmax(side.astype(float), axis=-1)[known, labels[known]] for side in (reference, candidate))
+        assert found.labelled == known.sum()
+        assert found.delta_nll == pytest.approx((p - q).mean(), rel=1e-9)
+        assert found.delta_nll_low < found.delta_nll < found.delta_nll_high
+
+    def test_without_labels_there_is_none_and_no_gate(self) -> None:
+        comparison = Comparison()
+        comparison.add("case", *logits(20, 0.1))
+        found = comparison.overall()
+        assert (found.delta_nll, found.delta_nll_low, found.labelled) == (None, None, 0)
+        assert "delta_nll" not in [gate.name for gate in judge(found, replace(GATES, delta_nll=1e-9)).gates]
+
+    def test_the_interval_holds_the_mean_nineteen_times_in_twenty_and_widens_with_dependence(self) -> None:
+        """Neighbours that move together, as positions of one text do: drawn one by one they would seem certain."""
+        random = np.random.default_rng(2)
+        inside, widths = 0, []
+        for trial in range(300):
+            series = np.repeat(random.normal(size=40), 16) + 0.1 * random.normal(size=640)
+            low, high = bootstrap_interval(blocks(series, 64), seed=trial)
+            inside += low <= 0 <= high
+            widths.append(high - low)
+            if not trial:
+                alone = bootstrap_interval(blocks(series, 1))
+                assert alone[1] - alone[0] < 0.5 * (high - low)
+        assert 0.85 < inside / 300 <= 1.0
+        assert np.mean(widths) == pytest.approx(2 * 1.96 / 40**0.5, rel=0.25)
+
+    def test_blocks_leave_out_what_is_unknown(self) -> None:
+        values = np.array([1.0, math.nan, 3.0, math.nan, math.nan, math.nan, 5.0])
+        assert blocks(values, 3).tolist() == [[4.0, 2.0], [5.0, 1.0]]
+
+    def test_the_twin_counts_by_the_farther_end_of_its_interval(self) -> None:
+        found = replace(SOUND, delta_nll=3e-4, labelled=100)
+        twin = replace(SOUND, mean_kl=1e-4, delta_nll=1e-9, delta_nll_low=-1e-4, delta_nll_high=5e-5)
+        gate = judge(found, GATES, low_rank=twin).gates[-1]
+        assert (gate.name, gate.passed) == ("low_rank_ratio_delta_nll", True)
+        assert gate.value == pytest.approx(3.0)
+        assert not judge(replace(found, delta_nll=-5e-4), GATES, low_rank=twin)
+
+
+def test_a_twin_below_the_floor_counts_as_the_floor() -> None:
+    twin, found = replace(SOUND, mean_kl=1e-14, p999_kl=1e-13), replace(SOUND, mean_kl=3e-11, p999_kl=2e-10)
+    gates = Gates(mean_kl=None, top1=None)
+    assert not judge(found, gates, low_rank=twin)
+    assert judge(found, replace(gates, kl_floor=1e-11), low_rank=twin)
+    assert not judge(replace(found, p999_kl=4e-10), replace(gates, kl_floor=1e-11), low_rank=twin)
+
+
+@pytest.mark.parametrize(
+    ("change", "gate"),
+    [({"p999_kl": 2e-3}, "p999_kl"), ({"delta_nll": -2e-3}, "delta_nll"), ({"delta_nll": 2e-3}, "delta_nll")],
+)
+def test_tail_and_likelihood_have_ceilings(change: dict[str, Any], gate: str) -> None:
+    gates = replace(GATES, p999_kl=1.5e-3, delta_nll=1.5e-3)
+    assert judge(replace(SOUND, delta_nll=1e-4), gates)
+    assert [each.name for each in judge(replace(SOUND, **change), gates).failed()] == [gate]
+
+
+def test_a_gate_that_is_not_decided_is_neither_passed_nor_failed() -> None:
+    open_gate = GateResult(name="rho", value=math.nan, limit=2.0, passed=None)
+    passed, failed = (GateResult(name="x", value=1.0, limit=1.0, passed=value) for value in (True, False))
+    assert (Verdict(gates=(passed, open_gate)).passed, bool(Verdict(gates=(passed, open_gate)))) == (None, False)
+    assert Verdict(gates=(failed, open_gate)).passed is False
+    assert Verdict(gates=(passed,)).passed is True
+
+
+def test_chunks_do_not_show() -> None:
+    """A vocabulary so large that a chunk holds a few rows only."""
+    reference, candidate = logits(11, 0.1, vocabulary=70_000)
+    found = Comparison().add("", reference, candidate)
+    assert found.mean_kl == pytest.approx(kl(reference, candidate).mean(), rel=1e-6)
+    assert found.positions == 11

@@ -1,4 +1,4 @@
-"""Verification end to end: the export passes, and each seeded fault fails."""
+"""Verification end to end: levels, the report and its file; tests/test_seeded_faults.py has what must fail."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import json
 import re
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +19,38 @@ from decoder_fixtures import (
     dense_decoder,
     edited,
     export,
-    factorised_decoder,
     letters,
+    plain_step,
     save_decoder,
 )
 
-from pifa_deploy.errors import ExitCode, InputRefusedError, MissingCapabilityError
-from pifa_deploy.linear import LowRankLinear, PifaLinear
+from pifa_deploy.errors import ExitCode, InputRefusedError, MissingCapabilityError, PifaDeployError
+from pifa_deploy.logit_cases import CaseOptions, cases
+from pifa_deploy.low_rank_twin import low_rank_twin
 from pifa_deploy.model_folder import load_model
 from pifa_deploy.onnx_folder import open_folder
-from pifa_deploy.parity import DEFAULT_GATES, Gates, judge
-from pifa_deploy.verification import VerifyOptions, cases, low_rank_twin, verify_folder
+from pifa_deploy.parity import DEFAULT_GATES, Gates
+from pifa_deploy.runners import OnnxRuntimeRunner
+from pifa_deploy.verification import VerifyOptions, verify_folder
+from pifa_deploy.verification_report import judge_saved
 
-SMALL = {"prefill_lengths": (1, 9, 30), "padded_lengths": (5, 16, 11), "decode_prompt": 12, "decode_steps": 12}
+SMALL = {
+    "prefill_lengths": (1, 9, 30),
+    "padded_lengths": (5, 16, 11),
+    "decode_prompt": 12,
+    "decode_steps": 12,
+    "positions": 0,
+}
 TOKENS = 60
 FLAGS = ("fp32", "fp16")
 LAYER = "model.layers.1"
-# Every key and query head has a key of its own, so that the factors of q and k have the same shapes.
-HEADS = {"num_key_value_heads": SIZES["num_attention_heads"]}
+LOGIT_GATES = [
+    *("finite", "mean_kl", "top1", "p999_kl", "delta_nll"),
+    *("low_rank_ratio", "low_rank_ratio_p999_kl", "low_rank_ratio_delta_nll"),
+]
+GATE_NAMES = ["weights.stored", "weights.placed", "operators.rho", *LOGIT_GATES]
+
+pytest_plugins = ("cli_plugin", "parity_fixtures")
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +59,13 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(root: Path) -> Path:
-    """A Qwen2 with biases on q, k, v, whose logits have the spread of a trained model's."""
-    return save_decoder(factorised_decoder(dense_decoder("qwen2", **HEADS))[0], root / "checkpoint")
+def checkpoint(parity_checkpoint: Path) -> Path:
+    return parity_checkpoint
 
 
 @pytest.fixture(scope="module")
-def exported(checkpoint: Path, root: Path) -> Callable[[str], Path]:
-    def make(flag: str) -> Path:
-        if not (root / flag).exists():
-            export(checkpoint, root / flag, dtype=flag)
-        return root / flag
-
-    return make
+def exported(parity_export: Any) -> Any:
+    return parity_export
 
 
 @pytest.fixture
@@ -73,33 +80,36 @@ def options_with(folder: Path, *, seed: int = 0, count: int = TOKENS, **changes:
 
 
 class TestCleanExport:
-    @pytest.mark.parametrize("flag", FLAGS)
-    @pytest.mark.parametrize("seed", range(5))
-    def test_passes_on_any_text(self, seed: int, flag: str, exported: Any, checkpoint: Path, tmp_path: Path) -> None:
-        report = verify_folder(exported(flag), checkpoint, options_with(tmp_path, seed=seed))
-        assert report, report.verdict.failed()
-        assert [gate.name for gate in report.verdict.gates] == ["finite", "mean_kl", "top1", "low_rank_ratio"]
-        assert report.gates == DEFAULT_GATES[flag]
-
     def test_figures_are_the_same_every_time(self, exported: Any, checkpoint: Path, options: VerifyOptions) -> None:
         reports = [verify_folder(exported("fp16"), checkpoint, options) for _ in range(2)]
         assert reports[0].to_json() == reports[1].to_json()
 
-    def test_report_is_json_and_can_be_judged_again(
-        self, exported: Any, checkpoint: Path, options: VerifyOptions
+    def test_an_edit_that_changes_nothing_changes_no_figure(
+        self, exported: Any, checkpoint: Path, options: VerifyOptions, tmp_path: Path
     ) -> None:
+        same = edited(exported("fp32"), tmp_path / "same", lambda model: None)
+        found, expected = (verify_folder(folder, checkpoint, options) for folder in (same, exported("fp32")))
+        assert found.to_json() == expected.to_json()
+
+    def test_report_is_json_of_every_level(self, exported: Any, checkpoint: Path, options: VerifyOptions) -> None:
         report = verify_folder(exported("fp16"), checkpoint, options)
         written = json.loads(json.dumps(report.to_json(), allow_nan=False))
-        assert (written["passed"], written["dtype"]) == (True, "fp16")
+        assert [written[key] for key in ("artefact", "schema", "passed", "dtype")] == ["verify", 1, True, "fp16"]
         names = [case["name"] for case in written["cases"]]
         assert names[:5] == ["prefill 1", "prefill 9", "prefill 30", "padded batch 5+16+11", "prompt 12"]
         assert names[5:] == [f"decode at {past}" for past in range(12, 24)]
         positions = [case["positions"] for case in written["cases"]]
         assert positions == [1, 9, 30, 32, 12, *[1] * 12]
-        assert written["overall"]["positions"] == sum(positions)
-        assert written["gates"] == {"mean_kl": 2e-4, "top1": 0.993, "low_rank_ratio": 4.0}
-        assert [gate["passed"] for gate in written["decisions"]] == [True] * 4
-        assert not judge(report.overall, replace(report.gates, mean_kl=1e-12), low_rank=report.low_rank)
+        assert written["overall"]["positions"] == written["overall"]["labelled"] == sum(positions)
+        assert written["gates"] == asdict(DEFAULT_GATES["fp16"])
+        assert [(gate["name"], gate["passed"]) for gate in written["decisions"]] == [
+            (name, True) for name in GATE_NAMES
+        ]
+        assert written["levels"]["logits"] == {key: written[key] for key in ("overall", "low_rank")}
+        assert written["levels"]["weights"]["source"] is None
+        modules = written["levels"]["operators"]["modules"]
+        assert [module["module"] for module in modules[:2]] == [f"model.layers.0.self_attn.{x}_proj" for x in "qk"]
+        assert all(module["positions"] == TOKENS for module in modules)
 
     def test_stricter_gates_make_the_report_false(
         self, exported: Any, checkpoint: Path, options: VerifyOptions
@@ -112,169 +122,200 @@ class TestCleanExport:
     def test_without_its_gate_the_low_rank_twin_is_not_run(
         self, exported: Any, checkpoint: Path, options: VerifyOptions
     ) -> None:
-        gates = Gates(mean_kl=1e-3, top1=None, low_rank_ratio=None)
+        gates = Gates(mean_kl=1e-3, top1=None, low_rank_ratio=None, rho=None)
         report = verify_folder(exported("fp16"), checkpoint, replace(options, gates=gates))
         assert report
-        assert report.low_rank is None
-        assert [gate.name for gate in report.verdict.gates] == ["finite", "mean_kl"]
+        assert report.logits.low_rank is None
+        names = [gate.name for gate in report.verdict.gates]
+        assert names == ["weights.stored", "weights.placed", "finite", "mean_kl"]
 
-    def test_a_dense_model_is_verified_without_a_twin(self, tmp_path: Path) -> None:
-        source = save_decoder(dense_decoder(), tmp_path / "dense")
-        export(source, tmp_path / "onnx", dtype="fp16")
-        report = verify_folder(tmp_path / "onnx", source, options_with(tmp_path))
-        assert report
-        assert report.low_rank is None
-
-
-def values(model: ir.Model, name: str, change: Callable[[np.ndarray], Any]) -> None:
-    """Changes the numbers of one initializer."""
-    initializer = model.graph.initializers[name]
-    array = initializer.const_value.numpy().copy()
-    change(array)
-    initializer.const_value = ir.tensor(array, name=name)
+    def test_a_dense_model_is_verified_without_a_twin(self, root: Path, tmp_path: Path) -> None:
+        source = save_decoder(dense_decoder(), root / "dense")
+        export(source, root / "dense-onnx", dtype="fp16")
+        report = verify_folder(root / "dense-onnx", source, options_with(tmp_path, count=128, bisect=True))
+        with low_rank_twin(load_model(source, dtype=torch.float32), open_folder(root / "dense-onnx")) as twin:
+            assert twin is None
+        assert report, report.verdict.failed()
+        assert report.logits.low_rank is None
+        assert report.measured.operators == ()
+        assert report.bisection is not None
+        assert report.bisection.first_bad() is None
 
 
-def swap_two_outputs(model: ir.Model) -> None:
-    def change(index: np.ndarray) -> None:
-        index[[3, 4]] = index[[4, 3]]
+class TestLevels:
+    def test_each_can_be_had_alone(self, exported: Any, checkpoint: Path, options: VerifyOptions) -> None:
+        for level, names in {
+            "weights": ["weights.stored", "weights.placed"],
+            "operators": ["operators.rho"],
+            "logits": LOGIT_GATES,
+        }.items():
+            report = verify_folder(exported("fp16"), checkpoint, replace(options, levels=(level,)))
+            assert report
+            assert [gate.name for gate in report.verdict.gates] == names
+            written = report.to_json()["levels"]
+            assert [name for name, figures in written.items() if figures is not None] == [level]
 
-    values(model, f"{LAYER}.mlp.down_proj.output_index", change)
-
-
-def zero_one_coefficient_row(model: ir.Model) -> None:
-    values(model, f"{LAYER}.self_attn.o_proj.coefficients", lambda array: array[2].fill(0))
-
-
-def lose_one_pivot_row(model: ir.Model) -> None:
-    values(model, f"{LAYER}.mlp.up_proj.pivot_weight", lambda array: array[-1].fill(0))
-
-
-def exchange_q_and_k(model: ir.Model) -> None:
-    nodes = {node.name: node for node in model.graph}
-    q, k = nodes[f"{LAYER}.self_attn.q_proj"], nodes[f"{LAYER}.self_attn.k_proj"]
-    for i in range(1, 4):
-        inputs = q.inputs[i], k.inputs[i]
-        q.replace_input_with(i, inputs[1])
-        k.replace_input_with(i, inputs[0])
-
-
-def drop_a_bias(model: ir.Model) -> None:
-    bias = model.graph.initializers[f"{LAYER}.self_attn.q_proj.bias"]
-    (add,) = bias.consumers()
-    product = next(value for value in add.inputs if value is not bias)
-    ir.convenience.replace_all_uses_with(add.outputs[0], product)
-    model.graph.remove(add, safe=True)
-
-
-def constant(model: ir.Model, name: str, numbers: Any) -> ir.Value:
-    value = ir.Value(name=name, const_value=ir.tensor(np.array(numbers, dtype=np.int64), name=name))
-    model.graph.register_initializer(value)
-    return value
-
-
-def past_length(model: ir.Model) -> tuple[list[ir.Node], ir.Value]:
-    past = next(value for value in model.graph.inputs if value.name == "past_key_values.0.key")
-    shape = ir.node("Shape", [past], attributes={"start": 2, "end": 3})
-    return [shape], shape.outputs[0]
-
-
-def decode_one_position_late(model: ir.Model) -> None:
-    """With a past, tokens get the position of the one before them."""
-    positions = next(value for value in model.graph.inputs if value.name == "position_ids")
-    readers = list(positions.uses())
-    nodes, past = past_length(model)
-    step = ir.node("Min", [past, constant(model, "fault_one", [1])])
-    late = ir.node("Sub", [positions, step.outputs[0]])
-    for node, i in readers:
-        node.replace_input_with(i, late.outputs[0])
-    model.graph.insert_before(model.graph[0], [*nodes, step, late])
-
-
-def cache_is_one_position_stale(model: ir.Model) -> None:
-    """The keys handed on hold at each position what belongs to the one before."""
-    name = "present.1.key"
-    fresh = next(value for value in model.graph.outputs if value.name == name)
-    fresh.name = "fault_fresh"
-    total = ir.node("Shape", [fresh], attributes={"start": 2, "end": 3})
-    scalar = ir.node("Squeeze", [total.outputs[0]])
-    start, one = constant(model, "fault_start", 0), constant(model, "fault_step", 1)
-    positions = ir.node("Range", [start, scalar.outputs[0], one])
-    before = ir.node("Sub", [positions.outputs[0], one])
-    rows = ir.node("Max", [before.outputs[0], start])
-    stale = ir.node("Gather", [fresh, rows.outputs[0]], attributes={"axis": 2})
-    stale.outputs[0].name, stale.outputs[0].type, stale.outputs[0].shape = name, fresh.type, fresh.shape
-    model.graph.extend([total, scalar, positions, before, rows, stale])
-    model.graph.outputs[list(model.graph.outputs).index(fresh)] = stale.outputs[0]
-
-
-def cache_lacks_the_newest_position(model: ir.Model) -> None:
-    """The values handed on repeat the oldest position in place of the newest."""
-    name = "present.0.value"
-    fresh = next(value for value in model.graph.outputs if value.name == name)
-    fresh.name = "fault_fresh"
-    bounds = [constant(model, f"fault_{i}", [number]) for i, number in enumerate((0, -1, 2, 0, 1))]
-    kept = ir.node("Slice", [fresh, bounds[0], bounds[1], bounds[2]])
-    oldest = ir.node("Slice", [fresh, bounds[3], bounds[4], bounds[2]])
-    stale = ir.node("Concat", [kept.outputs[0], oldest.outputs[0]], attributes={"axis": 2})
-    stale.outputs[0].name, stale.outputs[0].type, stale.outputs[0].shape = name, fresh.type, fresh.shape
-    model.graph.extend([kept, oldest, stale])
-    model.graph.outputs[list(model.graph.outputs).index(fresh)] = stale.outputs[0]
-
-
-FAULTS = [
-    swap_two_outputs,
-    zero_one_coefficient_row,
-    lose_one_pivot_row,
-    exchange_q_and_k,
-    drop_a_bias,
-    decode_one_position_late,
-    cache_is_one_position_stale,
-    cache_lacks_the_newest_position,
-]
-
-
-class TestSeededFaults:
-    @pytest.mark.parametrize("flag", FLAGS)
-    @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
-    def test_fails(
-        self, fault: Any, flag: str, exported: Any, checkpoint: Path, options: VerifyOptions, tmp_path: Path
+    def test_weights_need_no_runtime(
+        self, exported: Any, checkpoint: Path, options: VerifyOptions, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        broken = edited(exported(flag), tmp_path / "broken", fault)
-        report = verify_folder(broken, checkpoint, options)
-        assert not report
-        failed = {gate.name: gate.value for gate in report.verdict.failed()}
-        assert failed["mean_kl"] > 10 * DEFAULT_GATES[flag].mean_kl  # not by a hair
-        assert failed["low_rank_ratio"] > 10 * DEFAULT_GATES[flag].low_rank_ratio
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        assert verify_folder(exported("fp16"), checkpoint, replace(options, levels=("weights",)))
+        with pytest.raises(MissingCapabilityError, match="ONNX Runtime is not installed"):
+            verify_folder(exported("fp16"), checkpoint, replace(options, levels=("operators",)))
 
-    @pytest.mark.parametrize("fault", [cache_is_one_position_stale, cache_lacks_the_newest_position])
-    def test_of_the_cache_show_in_the_decode_steps_only(
-        self, fault: Any, exported: Any, checkpoint: Path, options: VerifyOptions, tmp_path: Path
+    def test_figures_of_logits_that_were_not_measured_are_an_error(
+        self, exported: Any, checkpoint: Path, options: VerifyOptions
     ) -> None:
-        report = verify_folder(edited(exported("fp32"), tmp_path / "broken", fault), checkpoint, options)
-        limit = DEFAULT_GATES["fp32"].mean_kl
-        for case in report.cases:
-            assert (case.mean_kl > limit) == case.name.startswith("decode"), case.name
+        report = verify_folder(exported("fp16"), checkpoint, replace(options, levels=("weights",)))
+        with pytest.raises(ValueError, match="the level logits was not measured; verify with it"):
+            _ = report.logits
 
-    @pytest.mark.parametrize("flag", FLAGS)
-    def test_that_change_nothing_are_no_faults(
-        self, flag: str, exported: Any, checkpoint: Path, options: VerifyOptions, tmp_path: Path
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"levels": ()}, r"levels are \(\), expected some of weights, operators, logits"),
+            ({"levels": ("weight",)}, "expected some of weights, operators, logits"),
+            ({"operator_positions": 0}, "operator_positions is 0, expected at least 1"),
+            ({"levels": ("logits",), "source": "x"}, "a source was given without the level weights"),
+            ({"positions": -1}, "positions is -1, expected at least 0"),
+        ],
+    )
+    def test_options_that_make_no_sense_are_an_error(self, changes: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            VerifyOptions(**(SMALL | changes))
+
+
+def test_on_the_command_line_a_clean_export_has_no_bad_layer(
+    exported: Any, checkpoint: Path, pifa_deploy: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text(letters(700))
+    common = ("--reference", checkpoint, "--text", tmp_path / "text.txt", "--positions", 0, "--decode-steps", 2)
+    outcome = pifa_deploy("verify", exported("fp32"), *common, "--source", checkpoint, "--bisect")
+    assert outcome.code == ExitCode.PASSED, outcome.err
+    for line in (
+        "every layer replays well",
+        "56 tensors compared",
+        "14 run alone",
+        "source: factorised",
+        "95 % interval",
+    ):
+        assert line in outcome.out
+    outcome = pifa_deploy("verify", exported("fp32"), *common, "--level", "operators", "--gate-rho", 0.001)
+    assert outcome.code == ExitCode.GATE_FAILED
+    assert "FAILED operators.rho" in outcome.err
+
+
+class TestPlainOps:
+    def test_are_verified_layer_by_layer_too(self, exported: Any, checkpoint: Path, tmp_path: Path) -> None:
+        report = verify_folder(exported("plain"), checkpoint, options_with(tmp_path, count=128, bisect=True))
+        assert report, report.verdict.failed()
+        assert report.measured.operators is not None
+        assert len(report.measured.operators) == 14
+        assert max(each.rho for each in report.measured.operators) < 1.5
+        assert report.bisection is not None
+        assert len(report.bisection.parts) == 6
+
+
+def test_a_logit_that_is_not_finite_fails_every_gate_of_its_level(
+    exported: Any, checkpoint: Path, options: VerifyOptions, tmp_path: Path
+) -> None:
+    def overflow(model: ir.Model) -> None:
+        head = model.graph.initializers["lm_head.weight"]
+        array = head.const_value.numpy().copy()
+        array[7] = 6e4
+        head.const_value = ir.tensor(array, name=head.name)
+
+    report = verify_folder(edited(exported("fp16"), tmp_path / "broken", overflow), checkpoint, options)
+    assert not report
+    failed = [gate.name for gate in report.verdict.failed()]
+    assert failed == ["weights.stored", *(name for name in LOGIT_GATES if name != "low_rank_ratio_delta_nll")]
+    written = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert written["overall"]["mean_kl"] is None
+
+
+@pytest.fixture(scope="module")
+def saved(exported: Any, checkpoint: Path, root: Path) -> Path:
+    report = verify_folder(
+        exported("fp16"),
+        checkpoint,
+        options_with(root, seed=7, count=1200, positions=700, window=250, source=checkpoint),
+    )
+    path = root / "run.json"
+    path.write_text(json.dumps(report.to_json(), allow_nan=False))
+    return path
+
+
+class TestJudgingAgain:
+    def test_the_file_says_what_the_run_said(self, saved: Path) -> None:
+        assert json.loads(json.dumps(judge_saved(saved, {}).to_json())) == json.loads(saved.read_text())
+
+    @pytest.mark.parametrize(
+        ("gate", "limit", "name"),
+        [
+            ("mean_kl", 1e-12, "mean_kl"),
+            ("p999_kl", 1e-12, "p999_kl"),
+            ("delta_nll", 1e-12, "delta_nll"),
+            ("rho", 0.01, "operators.rho"),
+            ("low_rank_ratio", 0.01, "low_rank_ratio"),
+        ],
+    )
+    def test_other_limits_decide_anew(self, saved: Path, gate: str, limit: float, name: str) -> None:
+        assert judge_saved(saved, {gate: 100.0 if gate != "top1" else 0.0})
+        report = judge_saved(saved, {gate: limit})
+        assert report.verdict.passed is False
+        assert name in [each.name for each in report.verdict.failed()]
+
+    def test_a_gate_on_what_was_not_measured_is_not_decided(self, saved: Path, tmp_path: Path) -> None:
+        value = json.loads(saved.read_text())
+        value["levels"]["operators"] = None
+        (tmp_path / "run.json").write_text(json.dumps(value))
+        assert judge_saved(tmp_path / "run.json", {})
+        report = judge_saved(tmp_path / "run.json", {"rho": 2.0})
+        assert report.verdict.passed is None
+        assert report.to_json()["passed"] is None
+        assert judge_saved(tmp_path / "run.json", {"rho": 2.0, "mean_kl": 1e-12}).verdict.passed is False
+
+    def test_on_the_command_line(self, saved: Path, pifa_deploy: Any, tmp_path: Path) -> None:
+        assert pifa_deploy("verify", "--judge", saved).code == ExitCode.PASSED
+        outcome = pifa_deploy("verify", "--judge", saved, "--gate-rho", 0.01, "--json", tmp_path / "again.json")
+        assert outcome.code == ExitCode.GATE_FAILED
+        assert json.loads((tmp_path / "again.json").read_text())["gates"]["rho"] == 0.01
+        assert pifa_deploy("verify", "--judge", saved, "--gate-relative-error", 1).code == ExitCode.NOT_DECIDED
+        assert pifa_deploy("verify", "--judge", saved, "--reference", "x").code == ExitCode.USAGE
+        assert pifa_deploy("verify").code == ExitCode.USAGE
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda value: value.update(schema=2), r"is artefact 'verify' schema 2, this program judges 'verify'"),
+            (lambda value: value.update(artefact="bench"), r"is artefact 'bench' schema 1"),
+            (lambda value: value.pop("levels"), "not what .* writes .KeyError: 'levels'"),
+            (lambda value: value["levels"].update(operators=3), "not what .* writes .TypeError"),
+            (lambda value: value["levels"]["operators"]["modules"][0].update(rho="much"), "not what .* writes"),
+            (lambda value: value["levels"]["weights"].update(differing="none"), "found str, expected a list"),
+            (lambda value: value["overall"].pop("top1"), "not what .* writes .TypeError"),
+            (lambda value: value["gates"].update(mean_kl="small"), "gate mean_kl is 'small', expected a number"),
+        ],
+    )
+    def test_a_file_that_is_another_is_refused(
+        self, change: Any, message: str, saved: Path, tmp_path: Path, pifa_deploy: Any
     ) -> None:
-        same = edited(exported(flag), tmp_path / "same", lambda model: None)
-        assert (
-            verify_folder(same, checkpoint, options).to_json()
-            == verify_folder(exported(flag), checkpoint, options).to_json()
-        )
+        value = json.loads(saved.read_text())
+        change(value)
+        path = tmp_path / "run.json"
+        path.write_text(json.dumps(value))
+        with pytest.raises(InputRefusedError, match=message):
+            judge_saved(path, {})
+        outcome = pifa_deploy("verify", "--judge", path)
+        assert outcome.code == ExitCode.INPUT_REFUSED
+        assert len(outcome.errors) == 1
 
-    def test_a_logit_that_is_not_finite_fails_every_gate(
-        self, exported: Any, checkpoint: Path, options: VerifyOptions, tmp_path: Path
-    ) -> None:
-        def overflow(model: ir.Model) -> None:
-            values(model, "lm_head.weight", lambda array: array[7].fill(6e4))
-
-        report = verify_folder(edited(exported("fp16"), tmp_path / "broken", overflow), checkpoint, options)
-        assert not report
-        assert [gate.name for gate in report.verdict.failed()] == ["finite", "mean_kl", "top1", "low_rank_ratio"]
-        assert json.loads(json.dumps(report.to_json(), allow_nan=False))["overall"]["mean_kl"] is None
+    def test_what_is_no_json_or_not_there_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "run.json").write_text("{")
+        with pytest.raises(InputRefusedError, match=r"run\.json"):
+            judge_saved(tmp_path / "run.json", {})
+        with pytest.raises(PifaDeployError, match=r"absent\.json"):
+            judge_saved(tmp_path / "absent.json", {})
 
 
 class TestRefusals:
@@ -322,67 +363,89 @@ class TestRefusals:
 class TestCases:
     def test_padding_stands_on_the_left_and_rows_follow_each_other_in_the_text(self) -> None:
         ids = np.arange(100, 160)
-        steps = dict(cases(ids, VerifyOptions(**SMALL)))
-        padded = steps["padded batch 5+16+11"]
+        found = {case.name: case for case in cases(ids, CaseOptions(**SMALL))}["padded batch 5+16+11"]
         starts = (0, 5, 21)
         for row, (start, length) in enumerate(zip(starts, (5, 16, 11), strict=True)):
-            assert padded.input_ids[row, 16 - length :].tolist() == ids[start : start + length].tolist()
-            assert padded.attention_mask[row].tolist() == [0] * (16 - length) + [1] * length
-            assert padded.position_ids[row, 16 - length :].tolist() == list(range(length))
+            step = found.step
+            assert step.input_ids[row, 16 - length :].tolist() == ids[start : start + length].tolist()
+            assert step.attention_mask[row].tolist() == [0] * (16 - length) + [1] * length
+            assert step.position_ids[row, 16 - length :].tolist() == list(range(length))
+            assert found.labels[row].tolist() == [-1] * (16 - length) + ids[start + 1 : start + length + 1].tolist()
+        assert found.visible_labels().tolist() == [
+            id + 1 for row in ((100, 105), (105, 121), (121, 132)) for id in range(*row)
+        ]
 
     def test_decode_steps_continue_the_prompt(self) -> None:
         ids = np.arange(100, 160)
-        steps = dict(cases(ids, VerifyOptions(**SMALL)))
-        assert steps["prompt 12"].input_ids.tolist() == [ids[:12].tolist()]
+        found = {case.name: case for case in cases(ids, CaseOptions(**SMALL))}
+        assert found["prompt 12"].step.input_ids.tolist() == [ids[:12].tolist()]
         for past in range(12, 24):
-            step = steps[f"decode at {past}"]
+            step = found[f"decode at {past}"].step
             assert step.input_ids.tolist() == [[ids[past]]]
             assert step.position_ids.tolist() == [[past]]
             assert step.attention_mask.tolist() == [[1] * (past + 1)]
+            assert found[f"decode at {past}"].labels.tolist() == [[ids[past + 1]]]
 
     def test_parts_can_be_left_out(self) -> None:
-        options = VerifyOptions(prefill_lengths=(4,), padded_lengths=(), decode_steps=0)
-        assert [name for name, _ in cases(np.arange(9), options)] == ["prefill 4"]
+        options = CaseOptions(prefill_lengths=(4,), padded_lengths=(), decode_steps=0, positions=0)
+        found = list(cases(np.arange(4), options))
+        assert [case.name for case in found] == ["prefill 4"]
+        assert found[0].labels.tolist() == [[1, 2, 3, -1]]  # the text ends there
+
+    @pytest.mark.parametrize(("positions", "windows"), [(0, 0), (96, 0), (97, 1), (103, 1), (104, 2), (200, 15)])
+    def test_windows_make_up_the_positions_with_text_of_their_own(self, positions: int, windows: int) -> None:
+        options = CaseOptions(**(SMALL | {"positions": positions, "window": 7}))
+        ids = np.arange(options.tokens_needed())
+        found = list(cases(ids, options))
+        added = [case for case in found if case.name.startswith("tokens")]
+        assert len(added) == windows
+        read = np.concatenate([case.step.input_ids[0] for case in added]) if added else np.empty(0)
+        assert read.tolist() == list(range(32, 32 + 7 * windows))
+        total = sum(len(case.visible_labels()) for case in found)
+        assert total >= positions
+        assert total == 96 + 7 * windows
+
+    def test_the_default_compares_8192_positions(self) -> None:
+        options = CaseOptions()
+        ids = np.zeros(options.tokens_needed(), np.int64)
+        assert 8192 <= sum(len(case.visible_labels()) for case in cases(ids, options)) < 8192 + 512
 
 
 class TestLowRankTwin:
-    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
-    def test_is_the_same_function(self, dtype: torch.dtype) -> None:
-        model, exact = factorised_decoder(dense_decoder("qwen2"))
-        twin = low_rank_twin(model, dtype)
-        ids = torch.arange(3, 33).reshape(2, 15)
+    @pytest.mark.parametrize("flag", ["fp32", "plain"])
+    def test_is_the_same_function_without_pivots(
+        self, flag: str, exported: Any, parity_decoder: tuple[Any, Any]
+    ) -> None:
+        model, exact = parity_decoder
+        ids = np.random.default_rng(0).integers(3, 60, (2, 15))
         with torch.no_grad():
-            found, expected = twin(ids).logits.double(), exact(ids).logits.double()
-        # The norms of transformers compute in float32 whatever the dtype of the model.
-        eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
-        assert float((found - expected).norm() / expected.norm()) < 2 * 30 * 2 * eps
+            expected = exact(torch.from_numpy(ids)).logits.numpy()
+        with low_rank_twin(model, open_folder(exported(flag))) as twin:
+            assert twin is not None
+            found, _ = OnnxRuntimeRunner(twin).step(plain_step(ids), None)
+            names = {tensor.name for tensor in twin.model.graph.initializer}
+            place = twin.path
+        eps = np.finfo(np.float32 if flag == "fp32" else np.float16).eps
+        assert np.linalg.norm(found - expected) < 2 * 30 * 2 * eps * np.linalg.norm(expected)
+        assert not place.exists()
+        assert not [name for name in names if name.endswith((".pivot_weight", ".coefficients", ".output_index"))]
+        assert len([name for name in names if name.endswith("low_rank_u_t")]) == 14
 
-    def test_holds_the_matrices_and_no_pivots(self) -> None:
-        model, exact = factorised_decoder(dense_decoder("qwen2"))
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        twin = low_rank_twin(model, torch.float64)
-        pifa = {name for name, module in model.named_modules() if isinstance(module, PifaLinear)}
-        pairs = {name: module for name, module in twin.named_modules() if isinstance(module, LowRankLinear)}
-        assert not [module for module in twin.modules() if isinstance(module, PifaLinear)]
-        assert pairs.keys() == pifa
-        for name, layer in pairs.items():
-            assert layer.rank == model.get_submodule(name).rank
-            product = layer.low_rank_u @ layer.low_rank_v
-            torch.testing.assert_close(product, exact.get_submodule(name).weight, rtol=0, atol=1e-13)
-            # Balanced: neither factor takes the larger share of the scale.
-            u, v = layer.low_rank_u.detach(), layer.low_rank_v.detach()
-            assert float(u.norm()) == pytest.approx(float(v.norm()))
-        for name, tensor in model.state_dict().items():
-            assert torch.equal(tensor, before[name])
+    def test_its_matrices_are_those_of_the_reference_and_not_of_the_folder(
+        self, exported: Any, checkpoint: Path, tmp_path: Path
+    ) -> None:
+        def zeros(model: ir.Model) -> None:
+            value = model.graph.initializers[f"{LAYER}.mlp.up_proj.pivot_weight"]
+            value.const_value = ir.tensor(np.zeros_like(value.const_value.numpy()), name=value.name)
 
-    def test_shares_no_storage_with_the_model(self) -> None:
-        model, _ = factorised_decoder(dense_decoder("qwen2"))
-        twin = low_rank_twin(model, torch.float32)
-        mine = {tensor.untyped_storage().data_ptr() for tensor in model.state_dict().values()}
-        assert not mine & {tensor.untyped_storage().data_ptr() for tensor in twin.state_dict().values()}
-
-    def test_of_a_dense_model_is_none(self) -> None:
-        assert low_rank_twin(dense_decoder(), torch.float16) is None
+        model = load_model(checkpoint, dtype=torch.float32)
+        ids = plain_step(np.arange(3, 20)[None])
+        logits = []
+        for folder in (exported("fp32"), edited(exported("fp32"), tmp_path / "broken", zeros)):
+            with low_rank_twin(model, open_folder(folder)) as twin:
+                assert twin is not None
+                logits.append(OnnxRuntimeRunner(twin).step(ids, None)[0])
+        assert np.array_equal(*logits)
 
 
 def test_the_checkpoint_loads_with_the_logit_spread_it_was_made_for(checkpoint: Path, exported: Any) -> None:

@@ -1,7 +1,8 @@
-"""Commands that measure and judge: verify, evaluate, generate."""
+"""Commands that measure and judge: verify, evaluate."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,57 +14,125 @@ from pifa_deploy.errors import ExitCode
 
 if TYPE_CHECKING:
     from pifa_deploy.evaluation_report import EvaluateReport
-    from pifa_deploy.verification import VerifyReport
+    from pifa_deploy.verification_report import LogitFigures, VerifyReport
 
 _COLUMNS = ("case", "positions", "max abs", "1 - cosine", "mean KL", "p99.9 KL", "top-1")
+_REASONS = 5
 
 
 @click.command("verify")
-@click.argument("onnx", type=click.Path(path_type=Path))
-@click.option("--reference", required=True, help="The checkpoint that ONNX was exported from.")
+@click.argument("onnx", required=False, type=click.Path(path_type=Path))
+@click.option("--reference", help="The checkpoint that ONNX was exported from.")
+@click.option("--source", help="What that checkpoint was made from, low-rank or dense: compare their weights too.")
+@click.option("--level", "levels", multiple=True, type=click.Choice(["weights", "operators", "logits"]), help="All.")
+@click.option("--bisect", is_flag=True, help="Replay each layer on reference inputs; name the first bad one.")
+@click.option(
+    "--judge", "saved", type=click.Path(path_type=Path), help="Decide about a saved --json file; run nothing."
+)
 @click.option("--text", multiple=True, type=click.Path(path_type=Path), help="UTF-8 text; a packaged one if left out.")
+@click.option("--positions", type=int, default=8192, show_default=True, help="Least number of compared positions.")
 @click.option("--decode-steps", type=int, default=32, show_default=True)
 @click.option("--gate-mean-kl", type=float, help="Largest mean KL; by dtype if left out.")
+@click.option("--gate-p999-kl", type=float, help="Largest 99.9th percentile of KL; by dtype if left out.")
 @click.option("--gate-top1", type=float, help="Smallest top-1 agreement; by dtype if left out.")
-@click.option("--gate-low-rank-ratio", type=float, help="Largest mean KL relative to low-rank; 4 if left out.")
+@click.option("--gate-delta-nll", type=float, help="Largest |mean NLL difference|; by dtype if left out.")
+@click.option(
+    "--gate-low-rank-ratio", type=float, help="Largest KL and |NLL difference| over low-rank's; 4 if left out."
+)
+@click.option("--gate-rho", type=float, help="Largest error of a PIFA layer over its rounding bound; 2 if left out.")
+@click.option("--gate-source-ratio", type=float, help="Largest error of a layer against --source over its bound; 2.")
+@click.option("--gate-relative-error", type=float, help="Largest median error of layers against a dense --source; 1.")
 @console.json_option
-def verify_command(
-    onnx: Path,
-    reference: str,
-    text: tuple[Path, ...],
-    decode_steps: int,
-    gate_mean_kl: float | None,
-    gate_top1: float | None,
-    gate_low_rank_ratio: float | None,
-    json_path: Path | None,
-) -> int:
+def verify_command(onnx: Path | None, saved: Path | None, json_path: Path | None, **options: Any) -> int:
     """Compare the ONNX folder in ONNX Runtime with its fp32 PyTorch checkpoint, on real text.
 
-    Prefills of several lengths, a padded batch, then teacher-forced decode steps through the cache.
-    Exit code 1 when a gate fails, 3 when the installed ONNX Runtime cannot run the graph.
+    Weights bit for bit, each PIFA layer against its rounding bound, then logits: prefills of several lengths, a padded
+    batch, teacher-forced decode steps through the cache, long prefills. Exit code 1 when a gate fails, 3 when the
+    installed ONNX Runtime cannot run the graph or a saved run did not measure what a gate asks for.
     """
+    gates = {name.removeprefix("gate_"): options.pop(name) for name in list(options) if name.startswith("gate_")}
+    asked = {name: value for name, value in gates.items() if value is not None}
+    if saved is not None:
+        return _judge(saved, asked, (onnx, json_path), options)
+    if onnx is None or options["reference"] is None:
+        raise ValueError("verify needs an ONNX folder and --reference, or --judge and a saved run")
+    return _verify(onnx, asked, json_path, options)
+
+
+def _judge(saved: Path, asked: dict[str, float], rest: tuple[Path | None, Path | None], options: dict[str, Any]) -> int:
+    from pifa_deploy.verification_report import judge_saved
+
+    onnx, json_path = rest
+    if onnx is not None or options["reference"] is not None or options["bisect"]:
+        raise ValueError("--judge decides about a saved run; leave the ONNX folder, --reference and --bisect out")
+    report = judge_saved(saved, asked)
+    outcome = {True: "passes", False: "does NOT pass", None: "is not decided"}[report.verdict.passed]
+    return _shown(report, f"{saved}: {report.dtype} {outcome}", json_path)
+
+
+def _verify(onnx: Path, asked: dict[str, float], json_path: Path | None, options: dict[str, Any]) -> int:
     from pifa_deploy.onnx_folder import open_folder
     from pifa_deploy.parity import gates_for
     from pifa_deploy.verification import VerifyOptions, verify_folder
+    from pifa_deploy.verification_report import LEVELS
 
-    asked = {"mean_kl": gate_mean_kl, "top1": gate_top1, "low_rank_ratio": gate_low_rank_ratio}
-    given = {name: value for name, value in asked.items() if value is not None}
-    gates = replace(gates_for(open_folder(onnx).dtype), **given)
+    reference, levels = options.pop("reference"), options.pop("levels")
+    gates = replace(gates_for(open_folder(onnx).dtype), **asked)
+    chosen = VerifyOptions(levels=tuple(levels) or LEVELS, gates=gates, **options)
     with console.stage(f"verify {onnx}"):
-        report = verify_folder(onnx, reference, VerifyOptions(text=text, decode_steps=decode_steps, gates=gates))
-    if console.result(report.to_json(), json_path):
-        click.echo(_parity_table(report))
+        report = verify_folder(onnx, reference, chosen)
+    outcome = "equals" if report else "does NOT equal"
+    return _shown(report, f"{onnx}: {report.dtype} {outcome} {reference}", json_path)
+
+
+def _shown(report: VerifyReport, closing: str, json_path: Path | None) -> int:
+    if console.result({**report.to_json(), "command": console.command_line()}, json_path):
+        for text in _parity_tables(report):
+            click.echo(text)
     for gate in report.verdict.gates:
-        mark = "passed" if gate.passed else "FAILED"
+        mark = {True: "passed", False: "FAILED", None: "not decided"}[gate.passed]
         click.echo(f"{mark} {gate.name}: {console.number(gate.value)}, limit {console.number(gate.limit)}", err=True)
-    console.summary(f"{onnx}: {report.dtype} {'equals' if report else 'does NOT equal'} {reference}", json_path)
-    return ExitCode.PASSED if report else ExitCode.GATE_FAILED
+    for reason in _reasons(report):
+        click.echo(reason, err=True)
+    console.summary(closing, json_path)
+    passed = report.verdict.passed
+    return ExitCode.NOT_DECIDED if passed is None else ExitCode.PASSED if passed else ExitCode.GATE_FAILED
 
 
-def _parity_table(report: VerifyReport) -> str:
-    shown = [*report.cases, report.overall]
-    if report.low_rank:
-        shown.append(replace(report.low_rank, name="low-rank, same dtype"))
+def _parity_tables(report: VerifyReport) -> Iterator[str]:
+    measured = report.measured
+    if measured.logits:
+        yield _logit_table(measured.logits)
+        overall = measured.logits.overall
+        if overall.delta_nll is not None and overall.delta_nll_low is not None:
+            interval = f"{console.number(overall.delta_nll_low)} to {console.number(overall.delta_nll_high)}"
+            yield f"NLL difference a position: {console.number(overall.delta_nll)}, 95 % interval {interval}"
+    if measured.weights:
+        yield f"weights: {measured.weights.tensors} tensors compared bit for bit"
+    if measured.source and measured.source.layers:
+        worst = max(measured.source.layers, key=lambda layer: layer.relative_error)
+        yield f"source: {measured.source.kind}, largest relative error {worst.relative_error:.3g} in {worst.module}"
+    if measured.operators:
+        largest = max(measured.operators, key=lambda module: module.rho)
+        yield f"operators: {len(measured.operators)} run alone, largest rho {largest.rho:.3g} in {largest.module}"
+    if report.bisection:
+        rows = [(part.part, part.ratio, part.worst) for part in report.bisection.parts]
+        yield console.table(("part", "error / rounding noise", "worst output"), rows)
+        yield report.bisection.line()
+
+
+def _reasons(report: VerifyReport) -> list[str]:
+    """Returns what is wrong with weights, a few of them."""
+    weights, source = report.measured.weights, report.measured.source
+    lines = [*weights.differing, *weights.misplaced] if weights else []
+    lines += list(source.changed) if source else []
+    return lines[:_REASONS] + ([f"and {len(lines) - _REASONS} more"] if len(lines) > _REASONS else [])
+
+
+def _logit_table(logits: LogitFigures) -> str:
+    shown = [*logits.cases, logits.overall]
+    if logits.low_rank:
+        shown.append(replace(logits.low_rank, name="low-rank, same dtype"))
     rows = [
         (case.name, case.positions, case.max_abs, 1 - case.cosine, case.mean_kl, case.p999_kl, case.top1)
         for case in shown
@@ -72,7 +141,7 @@ def _parity_table(report: VerifyReport) -> str:
 
 
 @click.command("evaluate")
-@click.argument("checkpoints", nargs=-1, required=True)
+@click.argument("checkpoints", nargs=-1, required=True, metavar="[NAME=]CHECKPOINT...")
 @click.option("--text", multiple=True, required=True, help="UTF-8 text, or LABEL=FILE; each is a column of its own.")
 @click.option("--context", type=int, default=512, show_default=True, help="Tokens a window.")
 @click.option("--stride", type=int, help="Below the context: overlapping windows that score their last N tokens.")
@@ -93,8 +162,9 @@ def evaluate_command(
     from pifa_deploy.evaluation import EvaluateOptions
     from pifa_deploy.evaluation_report import evaluate_all
 
-    report = evaluate_all(checkpoints, _labelled(text), EvaluateOptions(**options), stage=console.stage)
-    if not console.result(report.to_json(), json_path):
+    models = console.named(checkpoints, str)
+    report = evaluate_all(models, _labelled(text), EvaluateOptions(**options), stage=console.stage)
+    if not console.result({**report.to_json(), "command": console.command_line()}, json_path):
         return
     click.echo(_evaluation_table(report))
     if len(report.rows) > 1:
@@ -128,7 +198,7 @@ def _evaluation_table(report: EvaluateReport) -> str:
     for row in report.rows:
         entry = row.entry
         megabytes = None if entry.weight_bytes is None else entry.weight_bytes / 1e6
-        cells = [entry.checkpoint, entry.kind, f"{entry.runtime} {entry.dtype}", entry.parameters, megabytes]
+        cells = [row.name, entry.kind, f"{entry.runtime} {entry.dtype}", entry.parameters, megabytes]
         figures = [number for score in row.scores.values() for number in (score.perplexity, score.standard_error)]
         rows.append([*cells, row.tokens_per_second, *figures])
     return console.table(columns, rows)
@@ -138,8 +208,8 @@ def _difference_table(report: EvaluateReport) -> str:
     first = report.rows[0]
     rows = []
     for row in report.rows[1:]:
-        rows += [(row.entry.checkpoint, label, *row.against(first, label).values()) for label in report.texts]
-    columns = (f"against {first.entry.checkpoint}", "text", "x perplexity", "NLL difference", "s.e.")
+        rows += [(row.name, label, *row.against(first, label).values()) for label in report.texts]
+    columns = (f"against {first.name}", "text", "x perplexity", "NLL difference", "s.e.")
     return console.table(columns, rows)
 
 
@@ -153,25 +223,3 @@ def _evaluation_remarks(report: EvaluateReport) -> list[str]:
     ]
     speed = f"batches of {options.batch_size}, device {options.device}, CPU threads: {first.entry.threads}"
     return [*windows, f"tokens/s: forward passes only, {speed}"]
-
-
-@click.command("generate")
-@click.argument("onnx", type=click.Path(path_type=Path))
-@click.option("--prompt", required=True)
-@click.option("--max-new-tokens", type=int, default=64, show_default=True)
-@click.option("--chat/--no-chat", default=True, show_default=True, help="Use the chat template, where there is one.")
-@console.json_option
-def generate_command(onnx: Path, prompt: str, max_new_tokens: int, chat: bool, json_path: Path | None) -> None:
-    """Answer or continue a prompt greedily with an ONNX folder in ONNX Runtime."""
-    from pifa_deploy.generation import generate
-    from pifa_deploy.model_folder import load_tokenizer
-    from pifa_deploy.onnx_folder import open_folder
-    from pifa_deploy.runners import OnnxRuntimeRunner
-
-    folder = open_folder(onnx)
-    with console.stage(f"generate with {onnx}"):
-        text = generate(
-            OnnxRuntimeRunner(folder), load_tokenizer(folder.path), prompt, max_new_tokens=max_new_tokens, chat=chat
-        )
-    if console.result({"prompt": prompt, "text": text}, json_path):
-        click.echo(text)
