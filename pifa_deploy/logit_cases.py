@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,6 +52,24 @@ class CaseOptions:
         missing = self.positions - sum(self.prefill_lengths) - sum(self.padded_lengths) - decoded
         count = -(-missing // self.window) if missing > 0 else 0
         return [(first + i * self.window, first + (i + 1) * self.window) for i in range(count)]
+
+    def within(self, *, batch: int, tokens: int, past: int) -> dict[str, Any]:
+        """Returns the lengths that a runner with limits can take, as changes to the options.
+
+        Args:
+            batch: most sequences in one step.
+            tokens: most tokens in one step.
+            past: most tokens in the cache before a step.
+        """
+        padded = len(self.padded_lengths) <= batch and max(self.padded_lengths, default=0) <= tokens
+        prompt = min(self.decode_prompt, tokens, past)
+        return {
+            "prefill_lengths": tuple(length for length in self.prefill_lengths if length <= tokens) or (tokens,),
+            "padded_lengths": self.padded_lengths if padded else (),
+            "decode_prompt": prompt,
+            "decode_steps": min(self.decode_steps, past - prompt + 1),
+            "window": min(self.window, tokens),
+        }
 
     def tokens_needed(self) -> int:
         """Returns how long the text must be."""

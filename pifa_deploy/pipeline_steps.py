@@ -121,14 +121,16 @@ def _step(file: PipelineFile, variant: Variant, command: str, inputs: tuple[Path
 
 
 def _verify(file: PipelineFile, variant: Variant, artefact: str, arguments: Arguments) -> Step:
-    place, reference = _place(file, variant.name, artefact), _checkpoint(file, variant)
+    onnx, reference = _place(file, variant.name, "onnx"), _checkpoint(file, variant)
+    engine = (_place(file, variant.name, "engine"),) if artefact == "engine" else ()
     output = _place(file, variant.name, f"verify-{artefact}.json")
     options = arguments("verify", variant.verify or {}, f"{file.path}: [verify] of {variant.name}")
+    asked = [part for place in engine for part in ("--engine", str(place))]
     return Step(
         title=f"verify {artefact} {variant.name}",
-        arguments=("verify", str(place), "--reference", str(reference), *options, "--json", str(output)),
+        arguments=("verify", str(onnx), "--reference", str(reference), *asked, *options, "--json", str(output)),
         output=output,
-        needs=(place, reference),
+        needs=(onnx, reference, *engine),
         judges=True,
     )
 

@@ -1,8 +1,8 @@
-"""Is an ONNX folder the model it was exported from? Weights, operators and logits against fp32 PyTorch on real text."""
+"""Is an ONNX folder, or its engine, the model it came from? Weights, operators and logits against fp32 PyTorch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pifa_deploy.bisection import BISECTION_TOKENS, bisect
-from pifa_deploy.digest import model_sha256
+from pifa_deploy.digest import file_sha256, model_sha256
+from pifa_deploy.engine_fit import step_limits
+from pifa_deploy.engine_record import EngineRecord, read_engine_json
 from pifa_deploy.errors import InputRefusedError
 from pifa_deploy.graph_cut import CutGraph
 from pifa_deploy.logit_cases import Case, CaseOptions, cases, text_tokens
@@ -20,7 +22,7 @@ from pifa_deploy.model_folder import load_model
 from pifa_deploy.onnx_folder import OnnxFolder, open_folder
 from pifa_deploy.operator_parity import measure_operators
 from pifa_deploy.parity import Comparison, Gates, gates_for
-from pifa_deploy.runners import IntArray, OnnxRuntimeRunner, Runner, TorchRunner
+from pifa_deploy.runners import IntArray, OnnxRuntimeRunner, Runner, TensorRTRunner, TorchRunner
 from pifa_deploy.source_parity import SourceWeights, measure_source
 from pifa_deploy.verification_report import LEVELS, LogitFigures, Measured, VerifyReport, judge_levels
 from pifa_deploy.weight_parity import measure_weights
@@ -35,6 +37,9 @@ class VerifyOptions(CaseOptions):
         source: the checkpoint that the reference was made from, for the weights; not looked at when None.
         bisect: replay each part of the graph on the reference's inputs, and name the first bad one.
         operator_positions: tokens that each PIFA layer is run on.
+        engine: engine folder built from the ONNX folder, whose logits are then compared in place of ONNX Runtime's;
+            lengths that it was not built for are left out or cut.
+        plugin_library: for an engine with plugin layers, see `engine_fit.check_fit`.
         gates: limits; those of the ONNX folder's dtype when None.
     """
 
@@ -42,6 +47,8 @@ class VerifyOptions(CaseOptions):
     source: Path | str | None = None
     bisect: bool = False
     operator_positions: int = 128
+    engine: Path | None = None
+    plugin_library: Path | None = None
     gates: Gates | None = None
 
     def tokens_needed(self) -> int:
@@ -55,6 +62,8 @@ class VerifyOptions(CaseOptions):
             raise ValueError(f"levels are {self.levels}, expected some of {', '.join(LEVELS)}")
         if self.operator_positions < 1:
             raise ValueError(f"operator_positions is {self.operator_positions}, expected at least 1")
+        if self.plugin_library is not None and self.engine is None:
+            raise ValueError(f"plugin_library is {self.plugin_library} without an engine, which is what it is for")
         if self.source is not None and "weights" not in self.levels:
             raise ValueError("a source was given without the level weights, which is what it is for; add the level")
 
@@ -70,12 +79,18 @@ def verify_folder(onnx: Path | str, reference: Path | str, options: VerifyOption
     Raises:
         InputRefusedError: a malformed input, a text that is too short, or a checkpoint that is not the
             ONNX folder's source.
-        MissingCapabilityError: the installed ONNX Runtime cannot run the graph: nothing was decided.
+        MissingCapabilityError: the installed ONNX Runtime cannot run the graph, or this machine the engine: nothing
+            was decided.
+        MisfitError: the engine was built for another machine, see `engine_fit.check_fit`.
     """
     folder = open_folder(onnx)
     _check_source(folder, Path(reference))
     gates = options.gates or gates_for(folder.dtype)
-    candidate = OnnxRuntimeRunner(folder) if "logits" in options.levels else None
+    if options.engine is not None:
+        record = read_engine_json(options.engine)
+        check_origin(record, options.engine, folder)
+        options = replace(options, **options.within(**_limits(record)))
+    candidate = _candidate(folder, options) if "logits" in options.levels else None
     model = load_model(reference, dtype=torch.float32)
     graph = CutGraph(folder)
     runs = options.bisect or {"operators", "logits"} & set(options.levels)
@@ -93,6 +108,29 @@ def verify_folder(onnx: Path | str, reference: Path | str, options: VerifyOption
     measured = Measured(dtype=folder.dtype, weights=weights, source=source, operators=operators, logits=logits)
     found = bisect(model, graph, ids, rho_limit=gates.rho or 2.0) if options.bisect and ids is not None else None
     return VerifyReport(measured=measured, gates=gates, verdict=judge_levels(measured, gates), bisection=found)
+
+
+def check_origin(record: EngineRecord, engine: Path, folder: OnnxFolder) -> None:
+    """Raises InputRefusedError unless an engine was built from exactly the files of an ONNX folder."""
+    for name, expected in record.onnx_sha256.items():
+        file = folder.path / name
+        if not file.is_file() or file_sha256(file) != expected:
+            found = "has another" if file.is_file() else "is not there"
+            raise InputRefusedError(
+                f"{engine}: was built from a {name} with hash {expected[:12]}…, {file} {found}; "
+                "name the ONNX folder it came from or build again"
+            )
+
+
+def _limits(record: EngineRecord) -> dict[str, int]:
+    limits, batch = step_limits(record), record.profiles[0]["input_ids"]["max"][0]
+    return {"batch": batch, "tokens": limits.tokens or 1, "past": limits.past or 0}
+
+
+def _candidate(folder: OnnxFolder, options: VerifyOptions) -> Runner:
+    if options.engine is None:
+        return OnnxRuntimeRunner(folder)
+    return TensorRTRunner(options.engine, plugin_library=options.plugin_library)
 
 
 def _measure_source(reference: Path | str, source: Path | str) -> SourceWeights:

@@ -244,7 +244,9 @@ def test_the_speed_leaves_out_the_first_forward_pass_where_there_are_more() -> N
 
 
 def test_a_broken_model_stands_in_the_json_with_nulls() -> None:
-    rows = tuple(Row(name="m", entry=entry(), scores={"t": score((nll, 20.0), (8, 1.0))}) for nll in (20.0, math.nan, 1e5))
+    rows = tuple(
+        Row(name="m", entry=entry(), scores={"t": score((nll, 20.0), (8, 1.0))}) for nll in (20.0, math.nan, 1e5)
+    )
     report = EvaluateReport(texts={"t": Path("t")}, options=OPTIONS, rows=rows)
     found = [row["texts"]["t"] for row in json.loads(json.dumps(report.to_json(), allow_nan=False))["rows"]]
     assert [each["perplexity"] for each in found] == [pytest.approx(math.exp(2)), None, None]

@@ -138,6 +138,10 @@ def test_the_stage_gpu_builds_what_needs_the_device_and_checks_engines(file: Cal
     text = WHOLE + '[build]\n[verify]\n[variants.jetson]\ncheckpoint = "c"\nbuild = { backend = "tensorrt" }\n'
     titles = [step.title for step in steps_of(read_pipeline(file(text)), "gpu", arguments_of)]
     assert titles == ["verify engine dense", "verify engine pifa", "build jetson", "verify engine jetson"]
+    first = steps_of(read_pipeline(file(text)), "gpu", arguments_of)[0]
+    assert " ".join(first.arguments).startswith(
+        "verify made/dense/onnx --reference dense --engine made/dense/engine --decode-steps 2"
+    )
 
 
 @pytest.mark.parametrize(

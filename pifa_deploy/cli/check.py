@@ -24,7 +24,17 @@ _REASONS = 5
 @click.argument("onnx", required=False, type=click.Path(path_type=Path))
 @click.option("--reference", help="The checkpoint that ONNX was exported from.")
 @click.option("--source", help="What that checkpoint was made from, low-rank or dense: compare their weights too.")
-@click.option("--level", "levels", multiple=True, type=click.Choice(["weights", "operators", "logits"]), help="All.")
+@click.option("--engine", type=click.Path(path_type=Path), help="Compare the logits of this engine, built from ONNX.")
+@click.option(
+    "--plugin", "plugin_library", type=click.Path(path_type=Path), help="Library of the engine's plugin layers."
+)
+@click.option(
+    "--level",
+    "levels",
+    multiple=True,
+    type=click.Choice(["weights", "operators", "logits"]),
+    help="All; of an engine logits.",
+)
 @click.option("--bisect", is_flag=True, help="Replay each layer on reference inputs; name the first bad one.")
 @click.option(
     "--judge", "saved", type=click.Path(path_type=Path), help="Decide about a saved --json file; run nothing."
@@ -44,7 +54,7 @@ _REASONS = 5
 @click.option("--gate-relative-error", type=float, help="Largest median error of layers against a dense --source; 1.")
 @console.json_option
 def verify_command(onnx: Path | None, saved: Path | None, json_path: Path | None, **options: Any) -> int:
-    """Compare the ONNX folder in ONNX Runtime with its fp32 PyTorch checkpoint, on real text.
+    """Compare the ONNX folder in ONNX Runtime, or its engine, with its fp32 PyTorch checkpoint, on real text.
 
     Weights bit for bit, each PIFA layer against its rounding bound, then logits: prefills of several lengths, a padded
     batch, teacher-forced decode steps through the cache, long prefills. Exit code 1 when a gate fails, 3 when the
@@ -78,11 +88,13 @@ def _verify(onnx: Path, asked: dict[str, float], json_path: Path | None, options
 
     reference, levels = options.pop("reference"), options.pop("levels")
     gates = replace(gates_for(open_folder(onnx).dtype), **asked)
-    chosen = VerifyOptions(levels=tuple(levels) or LEVELS, gates=gates, **options)
-    with console.stage(f"verify {onnx}"):
+    usual = LEVELS if options["engine"] is None else ("logits",)
+    chosen = VerifyOptions(levels=tuple(levels) or usual, gates=gates, **options)
+    judged = chosen.engine or onnx
+    with console.stage(f"verify {judged}"):
         report = verify_folder(onnx, reference, chosen)
     outcome = "equals" if report else "does NOT equal"
-    return _shown(report, f"{onnx}: {report.dtype} {outcome} {reference}", json_path)
+    return _shown(report, f"{judged}: {report.dtype} {outcome} {reference}", json_path)
 
 
 def _shown(report: VerifyReport, closing: str, json_path: Path | None) -> int:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _STAGES = ["cpu", "gpu"]
 # What ci itself gives to every command.
-_OWN_FLAGS = ("json_path", "force", "out", "reference")
+_OWN_FLAGS = ("json_path", "force", "out", "reference", "engine", "saved", "plan")
 _RESULTS = {ExitCode.PASSED: "passed", ExitCode.GATE_FAILED: "FAILED", ExitCode.NOT_DECIDED: "not decided"}
 
 
