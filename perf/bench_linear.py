@@ -2,7 +2,9 @@
 
 Every contender is checked first, then all are captured in CUDA graphs and replayed in turns, in random order. Weights
 are copied until they are three times the L2, and a graph goes through all copies, so each call finds its weights in
-memory and launch gaps count as they do in a decoder. What the figures mean is in perf/README.md.
+memory and launch gaps count as they do in a decoder. What the figures mean is in perf/README.md. Exit codes: 0 our
+kernels were measured and nobody was wrong, 1 a wrong result, 3 not decided: no GPU, nothing measured, or our kernels
+did not run.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 from linear_contenders import CONTENDERS, Instance, Setting, contenders_for
 from linear_report import plot, write
+from verdict import judge
 
 from pifa_deploy.cuda_kernels import Kernels
 
@@ -29,6 +32,7 @@ SHAPES = Path(__file__).with_name("shapes.json")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 L2_MULTIPLE = 3
 MAX_COPIES = 64
+OUR_KERNELS = ("PIFA decode", "PIFA GEMM")  # beginnings of their names
 CPU_L2_BYTES = 0  # a run on the CPU shows only that the program works
 
 
@@ -232,6 +236,20 @@ def run(options: Options, shapes: dict[str, Any], save: Callable[[dict[str, Any]
     return report
 
 
+def verdict(report: dict[str, Any]) -> tuple[int, str]:
+    """Returns the exit code and why."""
+    return judge(
+        [
+            (
+                f"{result['name']} at {result['density']}, {result['tokens']} tokens",
+                result["rows"],
+                [name for name in result["rows"] if name.startswith(OUR_KERNELS)],
+            )
+            for result in report["results"]
+        ]
+    )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--library", type=Path, help="library with the kernels; without it they do not run")
@@ -263,7 +281,9 @@ def main() -> int:
         report = run(options, json.loads(arguments.shapes.read_text()), lambda each: write(each, arguments.out))
     print("\n".join(write(report, arguments.out)))
     print(plot(report, arguments.out / "bench_linear.png"))
-    return 0
+    code, why = verdict(report)
+    print(why)
+    return code
 
 
 if __name__ == "__main__":

@@ -67,9 +67,12 @@ finish() {
     exit "${1:-$verdict}"
 }
 
+# The shares of the stages add up to more than there is; what is kept for the last one, one layer, they do not get.
+reserve=$((seconds / 5))
+
 # within SECONDS COMMAND...: runs it in its share of what is left; 124 when that is over.
 within() {
-    local limit=$1 left=$((seconds - SECONDS))
+    local limit=$1 left=$((seconds - SECONDS - reserve))
     shift
     [ "$limit" -lt "$left" ] || limit=$left
     [ "$limit" -gt 0 ] || return 124
@@ -130,13 +133,13 @@ export -f compile
 export nvcc arch build headers
 
 began=$SECONDS
+status=124 missing="nvcc was not found"
 if [ -n "$nvcc" ]; then
     within $((seconds / 5)) bash -c compile
     status=$?
-    if [ $status -eq 124 ]; then
-        note build "not decided" "its time was over; sm_$arch with $nvcc"
-        finish 3
-    fi
+    missing="its time was over; sm_$arch with $nvcc"
+fi
+if [ "$status" -ne 124 ] && [ "$status" -ne 137 ]; then
     if [ $status -ne 0 ]; then
         tail -n 20 "$build"/*.log
         note build failed "exit code $status; sm_$arch with $nvcc"
@@ -149,9 +152,10 @@ if [ -n "$nvcc" ]; then
     note build passed "sm_$arch in $((SECONDS - began)) s, $spills kernels spill, at most $most registers"
 elif [ -f "$bundle/libpifa_plugin.so" ]; then
     library=$bundle/libpifa_plugin.so
-    note build "not decided" "no nvcc; the library of gpu-bundle is used"
+    rm -f "$build"/{host,sanitizer} # perhaps half linked
+    note build "not decided" "$missing; the library of gpu-bundle is used"
 else
-    note build "not decided" "nvcc was not found; install the CUDA toolkit, set CUDACXX, or bring gpu-bundle"
+    note build "not decided" "$missing; install the CUDA toolkit, set CUDACXX, or bring gpu-bundle"
     finish 3
 fi
 
@@ -262,6 +266,7 @@ target.write_text(json.dumps({**report, "compress": json.loads(compress.read_tex
 PYTHON
 
 # The longest and the last: it has all the time that is left, and writes as it goes.
+reserve=0
 began=$SECONDS
 left=$((seconds - SECONDS))
 within "$left" "$python" perf/bench_linear.py --library "$library" --out "$out" --seconds $((left - 30)) >"$build/bench.log" 2>&1

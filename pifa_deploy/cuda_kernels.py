@@ -226,10 +226,28 @@ def apply_group(
 ) -> list[torch.Tensor]:
     """Runs up to eight layers in the row form that read the same x: q, k and v. Otherwise as `apply`."""
     rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if path is KernelPath.AUTO:
+    on_gpu = x.device.type == "cuda"
+    # A host library, as the tests have, takes host pointers and no stream. The library asks for the current device.
+    with torch.cuda.device(x.device) if on_gpu else contextlib.nullcontext():
+        if path is not KernelPath.AUTO:
+            return _enqueued(kernels, layers, x, (rows, path))
         # Only whether one launch serves may differ from layer to layer.
         chosen = {kernels.chosen_path(layer.problem(rows.shape[0])) for layer in layers}
         path = chosen.pop() if len(chosen) == 1 else KernelPath.DECODE
+        try:
+            return _enqueued(kernels, layers, x, (rows, path))
+        except KernelError:
+            # A grid that was to be resident at once, and multiprocessors that somebody else holds.
+            if path is not KernelPath.COOPERATIVE:
+                raise
+            return _enqueued(kernels, layers, x, (rows, KernelPath.DECODE))
+
+
+def _enqueued(
+    kernels: Kernels, layers: Sequence[PivotLayer], x: torch.Tensor, work: tuple[torch.Tensor, KernelPath]
+) -> list[torch.Tensor]:
+    """Returns the outputs of layers whose kernels were started by one path on the flattened x."""
+    rows, path = work
     outputs, calls = [], []
     for layer in layers:
         problem = layer.problem(rows.shape[0])
@@ -238,14 +256,11 @@ def apply_group(
         outputs.append(x.new_empty(*x.shape[:-1], problem.out_features))
         workspace = torch.empty(kernels.workspace_bytes(problem, path), dtype=torch.uint8, device=x.device)
         calls.append((problem, layer.buffers(rows, outputs[-1], workspace)))
-    on_gpu = x.device.type == "cuda"
-    # A host library, as the tests have, takes host pointers and no stream.
-    with torch.cuda.device(x.device) if on_gpu else contextlib.nullcontext():
-        stream = torch.cuda.current_stream(x.device).cuda_stream if on_gpu else 0
-        if len(calls) == 1:
-            kernels.enqueue(*calls[0], path=path, stream=stream)
-        else:
-            kernels.enqueue_group(calls, path=path, stream=stream)
+    stream = torch.cuda.current_stream(x.device).cuda_stream if x.device.type == "cuda" else 0
+    if len(calls) == 1:
+        kernels.enqueue(*calls[0], path=path, stream=stream)
+    else:
+        kernels.enqueue_group(calls, path=path, stream=stream)
     return outputs
 
 

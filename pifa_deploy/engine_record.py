@@ -121,13 +121,16 @@ class EngineRecord:
         onnx = value["onnx"]
         sha256 = onnx.get("sha256") if isinstance(onnx, Mapping) else None
         _expect(_is_hashes(sha256), where, "onnx.sha256", sha256, "file name -> 64 hexadecimal digits")
+        profiles = tuple(_profile(profile, f"{where}: profiles[{i}]") for i, profile in enumerate(value["profiles"]))
+        inputs = sorted(profiles[0]) if profiles else []
+        _expect("input_ids" in inputs, where, "inputs of the first profile", inputs, "input_ids among them")
         return cls(
             backend=value["backend"],
             version=str(value["version"]),
             onnx_sha256=dict(sha256 or {}),
             compute_capabilities=_capabilities(value["compute_capabilities"], where, "compute_capabilities"),
             targets=tuple(map(str, value.get("targets", ()))),
-            profiles=tuple(_profile(profile, f"{where}: profiles[{i}]") for i, profile in enumerate(value["profiles"])),
+            profiles=profiles,
             layers=tuple(_layer(layer, f"{where}: layers[{i}]") for i, layer in enumerate(value.get("layers", ()))),
             precision_histogram=_object(value, "precision_histogram", where),
             network=_object(value, "network", where),

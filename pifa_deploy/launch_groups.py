@@ -97,26 +97,32 @@ def _version(x: torch.Tensor) -> int | None:
 
 @dataclass(kw_only=True)
 class _Shares:
-    """What was computed for `x` and not yet taken, by place in the group."""
+    """What was computed for `x` and not yet taken, by place in the group; `next` is the place behind the last taken."""
 
     x: torch.Tensor
     version: int | None
     outputs: dict[int, torch.Tensor]
+    next: int = 0
 
 
 class _Group:
     def __init__(self, members: list[PifaLinear], apply: Apply) -> None:
         self.members, self.apply = members, apply
+        self.device_type = members[0].pivot_weight.device.type
         self.shares: dict[int, _Shares] = {}  # by thread
 
     def forward(self, place: int, x: torch.Tensor) -> torch.Tensor:
         """Stands in for `forward` of the member at `place`."""
-        if not self._is_inference(x):
+        # Kernels of a GPU must not be given what was moved to the CPU since.
+        if not self._is_inference(x) or x.device.type != self.device_type:
             return PifaLinear.forward(self.members[place], x)
         thread = get_ident()
         shares = self.shares.get(thread)
         # The first member always begins anew: what an interrupted pass left behind is not trusted.
         current = shares is not None and place > 0 and place in shares.outputs
+        # A tensor of inference mode does not count its changes: its shares go in the order of the members only.
+        if shares is not None and x.is_inference():
+            current = current and place == shares.next
         if shares is None or not current or shares.x is not x or shares.version != _version(x):
             layers = [_pivot_layer(member) for member in self.members]
             if not all(layer.is_served(x) for layer in layers):
@@ -124,6 +130,7 @@ class _Group:
             shares = _Shares(x=x, version=_version(x), outputs=dict(enumerate(self.apply(layers, x))))
             self.shares[thread] = shares
         y = shares.outputs.pop(place)
+        shares.next = place + 1
         if not shares.outputs:
             del self.shares[thread]
         return y

@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pifa_deploy.digest import model_sha256
-from pifa_deploy.errors import InputRefusedError, MissingCapabilityError
+from pifa_deploy.errors import InputMissingError, InputRefusedError, MissingCapabilityError
 from pifa_deploy.latency import ClockOptions, Laps, measure
 from pifa_deploy.layer_forms import FORMS, LOW_RANK, STORED, as_form
 from pifa_deploy.layer_graph import layer_model
@@ -80,9 +80,14 @@ def choose(checkpoint: Path | str, options: ChoiceOptions) -> Plan:
     """Returns the plan of a checkpoint on this machine.
 
     Raises:
+        InputMissingError: not a folder of this machine.
         InputRefusedError: malformed, or without factorised layers.
         MissingCapabilityError: no such device, or no ONNX Runtime.
     """
+    if not Path(checkpoint).exists():
+        raise InputMissingError(
+            f"{checkpoint}: no such folder; a plan is bound to a checkpoint on this machine by its hash"
+        )
     model = load_model(checkpoint, dtype=torch_dtype(options.dtype))
     layers = factorised_modules(model)
     if not layers:

@@ -185,6 +185,8 @@ def _cuda_options(cuda_graph: bool) -> dict[str, Any]:
         "device_id": str(torch.cuda.current_device()),
         "user_compute_stream": str(stream.cuda_stream),
         "enable_cuda_graph": "1" if cuda_graph else "0",
+        # On by default; float32 means float32 here, as in the engines.
+        "use_tf32": "0",
     }
 
 
@@ -212,6 +214,10 @@ def _session(path: Path, threads: int, provider: tuple[str, dict[str, str]]) -> 
             raise MissingCapabilityError(
                 f"ONNX Runtime {version} cannot run {path} on this CPU: {reason}; "
                 "export fp32 or fp16, or verify on a GPU"
+            ) from error
+        if provider[1].get("enable_cuda_graph") == "1" and "graph" in reason.lower():
+            raise MissingCapabilityError(
+                f"ONNX Runtime {version} cannot capture {path} as a CUDA graph: {reason}; time it without"
             ) from error
         raise StageFailedError(f"ONNX Runtime {version} could not load {path}: {reason}") from error
     check_provider(session.get_providers(), provider[0])

@@ -31,7 +31,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,7 @@ _OF_VARIANTS = ("export", "verify", "build")
 _TABLES = ("model", "output", "variants", *_OF_VARIANTS, "evaluate", "bench", "report")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _OUTPUT = "pifa-ci"
+_RESERVED = ("report", "evaluate.json", "steps.json")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,13 +130,14 @@ def read_pipeline(path: Path | str) -> PipelineFile:
     found = tuple(_variant(path, name, variants, tables, dense) for name in variants)
     for variant in found:
         _check_origin(path, variant, [other.name for other in found])
+        _check_export(path, variant)
     return PipelineFile(
         path=path,
         dense=dense,
         output=Path(_text(output, "folder", f"{path}: [output]") or _OUTPUT),
         variants=found,
         evaluate=tables["evaluate"],
-        bench=_bench(path, tables["bench"], [variant.name for variant in found]),
+        bench=_bench(path, tables["bench"], found),
         report=tables["report"],
     )
 
@@ -167,6 +169,8 @@ def _text(table: Table, key: str, where: str) -> str | None:
 def _name(name: str, where: str) -> str:
     if not _NAME.fullmatch(name):
         raise InputRefusedError(f"{where}: the name {name!r} is not one of letters, digits, '.', '_' and '-'")
+    if name in _RESERVED:
+        raise InputRefusedError(f"{where}: the name {name!r} is that of a result in the output folder; take another")
     return name
 
 
@@ -210,13 +214,22 @@ def _check_origin(path: Path, variant: Variant, names: list[str]) -> None:
         )
 
 
-def _bench(path: Path, tables: Table | None, names: list[str]) -> tuple[BenchTable, ...]:
-    found = []
+def _check_export(path: Path, variant: Variant) -> None:
+    for step in ("verify", "build"):
+        if getattr(variant, step) is not None and variant.export is None:
+            raise InputRefusedError(f"{path}: [{step}] of {variant.name} works on ONNX; add [export]")
+
+
+def _bench(path: Path, tables: Table | None, variants: Sequence[Variant]) -> tuple[BenchTable, ...]:
+    names, found = [variant.name for variant in variants], []
     for name in tables or {}:
         where = f"{path}: [bench.{_name(name, f'{path}: [bench]')}]"
         table = dict(_table(tables or {}, name, f"{path}: [bench]") or {})
         contenders = table.pop("contenders", names)
         if not isinstance(contenders, list) or not contenders or not all(one in names for one in contenders):
             raise InputRefusedError(f"{where}: contenders is {contenders!r}, expected names out of {', '.join(names)}")
+        bare = [variant.name for variant in variants if variant.name in contenders and variant.export is None]
+        if bare:
+            raise InputRefusedError(f"{where}: {bare[0]} is measured as ONNX; add [export]")
         found.append(BenchTable(name=name, contenders=tuple(contenders), options=table))
     return tuple(found)

@@ -10,6 +10,10 @@ from pifa_deploy.compression.sparsity import PRUNING_METHODS
 from pifa_deploy.pipeline_file import BenchTable, PipelineFile, Table, Variant
 from pifa_deploy.targets import RTX
 
+# Options of [verify] that have a meaning for the other artefact only.
+_OF_THE_OTHER = {"onnx": ("plugin",), "engine": ("source", "level", "bisect")}
+_DEVICES = {"onnx": "cpu", "engine": "cuda"}
+
 # (command, table of options, where the table stands) -> arguments; raises InputRefusedError for a bad table.
 Arguments = Callable[[str, Table, str], list[str]]
 
@@ -22,8 +26,8 @@ class Step:
         title: what it does, for people.
         arguments: of `pifa-deploy`.
         output: file or folder that it makes.
-        needs: files and folders that it reads.
-        reads_too: (option, label or "", file or folder): given to the command when they are there by then.
+        needs: files and folders that it cannot do without.
+        reads_too: (option, label or "", file or folder): given to the command where they are there and up to date.
         judges: whether it decides something: exit codes 1 and 3 are then results and the pipeline goes on.
     """
 
@@ -34,13 +38,11 @@ class Step:
     reads_too: tuple[tuple[str, str, Path], ...] = ()
     judges: bool = False
 
-    def command(self, root: Path) -> tuple[str, ...]:
-        """Returns the arguments of `pifa-deploy` in the folder `root`."""
-        there = [(flag, label, place) for flag, label, place in self.reads_too if (root / place).exists()]
-        labelled = [
-            part for flag, label, place in there for part in (flag, f"{label}={place}" if label else str(place))
-        ]
-        return (*self.arguments, *labelled)
+    def command(self, there: Callable[[Path], bool]) -> tuple[str, ...]:
+        """Returns the arguments of `pifa-deploy`, with those of `reads_too` for which `there` holds."""
+        found = [(flag, label, place) for flag, label, place in self.reads_too if there(place)]
+        named = [(flag, f"{label}={place}" if label else str(place)) for flag, label, place in found]
+        return (*self.arguments, *(part for pair in named for part in pair))
 
 
 def steps_of(file: PipelineFile, stage: str, arguments: Arguments) -> list[Step]:
@@ -124,7 +126,8 @@ def _verify(file: PipelineFile, variant: Variant, artefact: str, arguments: Argu
     onnx, reference = _place(file, variant.name, "onnx"), _checkpoint(file, variant)
     engine = (_place(file, variant.name, "engine"),) if artefact == "engine" else ()
     output = _place(file, variant.name, f"verify-{artefact}.json")
-    options = arguments("verify", variant.verify or {}, f"{file.path}: [verify] of {variant.name}")
+    table = {key: value for key, value in (variant.verify or {}).items() if key not in _OF_THE_OTHER[artefact]}
+    options = arguments("verify", table, f"{file.path}: [verify] of {variant.name}")
     asked = [part for place in engine for part in ("--engine", str(place))]
     return Step(
         title=f"verify {artefact} {variant.name}",
@@ -141,7 +144,7 @@ def _measure(file: PipelineFile, table: BenchTable, artefact: str, arguments: Ar
     options = arguments("bench", table.options, f"{file.path}: [bench.{table.name}]")
     return Step(
         title=f"bench {table.name} {artefact}",
-        arguments=("bench", *_labelled(places), *options, "--json", str(output)),
+        arguments=("bench", *_labelled(places), "--device", _DEVICES[artefact], *options, "--json", str(output)),
         output=output,
         needs=tuple(places.values()),
         judges=True,
@@ -154,16 +157,19 @@ def _report(file: PipelineFile, arguments: Arguments) -> Iterator[Step]:
     inputs: list[tuple[str, str, Path]] = []
     for variant in file.variants:
         name = variant.name
-        inputs.append(("--verify", name, _place(file, name, "verify-onnx.json")))
-        inputs.append(("--verify", f"{name} engine", _place(file, name, "verify-engine.json")))
-        inputs.append(("--engine", name, _place(file, name, "engine")))
+        if variant.verify is not None:
+            inputs.append(("--verify", name, _place(file, name, "verify-onnx.json")))
+        if variant.build is not None:
+            inputs.append(("--engine", name, _place(file, name, "engine")))
+            if variant.verify is not None:
+                inputs.append(("--verify", f"{name} engine", _place(file, name, "verify-engine.json")))
         if _has_ranks(variant):
             inputs.append(("--checkpoint", name, _checkpoint(file, variant)))
-    inputs.append(("--evaluate", "", file.output / "evaluate.json"))
+    if file.evaluate is not None:
+        inputs.append(("--evaluate", "", file.output / "evaluate.json"))
     for table in file.bench:
-        inputs += [
-            ("--bench", "", file.output / f"bench-{table.name}-{artefact}.json") for artefact in ("onnx", "engine")
-        ]
+        for label, artefact in ((table.name, "onnx"), (f"{table.name} engines", "engine")):
+            inputs.append(("--bench", label, file.output / f"bench-{table.name}-{artefact}.json"))
     output = file.output / "report"
     options = arguments("report", file.report, f"{file.path}: [report]")
     yield Step(

@@ -19,13 +19,14 @@ from pifa_deploy.report_tables import (
     commands_of,
     engines_table,
     environment_table,
-    figures_table,
-    gates_table,
+    figures_tables,
+    gates_tables,
     latency_tables,
     parity_tables,
     perplexity_table,
     rivals_table,
     summary,
+    widest_bench,
 )
 from pifa_deploy.report_variants import Variant, cases_of, main_cases, texts_of, variants_of
 
@@ -49,7 +50,8 @@ def html_page(report: Json) -> str:
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     stages = report["stages"]
     variants = variants_of(stages)
-    pareto = _pareto(report, variants)
+    widest = widest_bench(report)
+    pareto = _pareto(widest, variants_of(widest["stages"]))
     return environment.get_template("report.html.jinja").render(
         report=report,
         style=Markup(style),
@@ -61,9 +63,9 @@ def html_page(report: Json) -> str:
         bounded=any(timing.bound_ms for variant in variants for timing in variant.times.values()),
         speed_ups=_speed_ups(report, variants),
         layers=[_figure(title, svg) for title, svg in layer_maps(stages)],
-        main=_filled(figures_table(report)),
+        main=_filled(*figures_tables(report)),
         rivals=_filled(rivals_table(report)),
-        gates=_filled(gates_table(report)),
+        gates=_filled(*gates_tables(report)),
         changes=_filled(changes_table(report)),
         latency=_filled(*latency_tables(report)),
         perplexity=_filled(perplexity_table(report)),
@@ -143,7 +145,7 @@ def _speed_ups(report: Json, variants: list[Variant]) -> list[Figure]:
         for variant in variants:
             timing = variant.times.get(name)
             if timing and timing.speed_up and not timing.baseline:
-                bars.append(Bar(name=variant.name, family=variant.family, estimate=timing.speed_up))
+                bars.append(Bar(name=variant.contender, family=variant.family, estimate=timing.speed_up))
         if bars:
             svg = ranges(bars, title=f"Speed-up, {name}", x_label="times faster than the baseline", reference=1.0)
             figures.append(_figure(name, svg))

@@ -13,8 +13,8 @@ from pifa_deploy.report_tables import (
     commands_of,
     engines_table,
     environment_table,
-    figures_table,
-    gates_table,
+    figures_tables,
+    gates_tables,
     latency_tables,
     parity_tables,
     perplexity_table,
@@ -30,16 +30,20 @@ Json = Mapping[str, Any]
 
 def markdown(report: Json) -> str:
     """Returns the report as GitHub-flavoured Markdown; details that would make a comment too long are left out."""
-    verdict = report["verdict"]
+    verdict, gates = report["verdict"], gates_tables(report)
+    several = gates if len(gates) > 1 else []
+    open_ones = [table for table in several if any(row[4] != "passed" for row in table.rows)]
     head = [
         f"## {SYMBOLS[verdict]} {_text(report['title'])}: {verdict}",
         f"{summary(report)}.".capitalize(),
-        _table(gates_table(report)),
-        _section(figures_table(report)),
+        *map(_section, open_ones),
+        *map(_table, gates[: 0 if several else 1]),
+        *map(_section, figures_tables(report)),
         _section(rivals_table(report)),
         _section(changes_table(report)),
     ]
     folded = [
+        _folded("Gates that passed", [table for table in several if table not in open_ones]),
         _folded("Perplexity with intervals", [perplexity_table(report)]),
         _folded("Latency", latency_tables(report)),
         _folded("Parity", parity_tables(report)),

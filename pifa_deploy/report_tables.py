@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pifa_deploy.report_numbers import counts, interval, millions, number, percent, plain
@@ -21,7 +21,9 @@ from pifa_deploy.report_variants import (
 )
 
 NO_GATE = "no gate was asked for"
+_MANY_GATES = 20
 MARKS = {True: "passed", False: "failed", None: "not decided"}
+_URGENCY = {"failed": 0, "not decided": 1, "passed": 2}
 _NUMERIC = re.compile(r"[-+×]?[\d.,]+(e[-+]?\d+)?( %)?( \[.*\])?|–|")
 Json = Mapping[str, Any]
 
@@ -73,6 +75,47 @@ def gates_table(report: Json) -> Table:
     return Table(title="Gates", columns=columns[:used], rows=tuple(row[:used] for row in rows))
 
 
+def gates_tables(report: Json) -> list[Table]:
+    """Returns all decisions: in one table, or one a stage where they are many, the stages with failures first."""
+    table = gates_table(report)
+    if len(table.rows) <= _MANY_GATES:
+        return [table]
+    stages = dict.fromkeys(row[0] for row in table.rows)
+    tables = []
+    for stage in stages:
+        rows = [row for row in table.rows if row[0] == stage]
+        results = [row[4] for row in rows]
+        others = ", ".join(f"{results.count(mark)} {mark}" for mark in (MARKS[False], MARKS[None]) if mark in results)
+        title = f"{stage}: {results.count(MARKS[True])} of {len(rows)} passed{f', {others}' if others else ''}"
+        tables.append(Table(title=title, columns=table.columns, rows=tuple(rows)))
+    return sorted(tables, key=lambda one: min(_URGENCY[row[4]] for row in one.rows))
+
+
+def figures_tables(report: Json) -> list[Table]:
+    """Returns the main figures, a table for each bench where there are several."""
+    parts = one_bench_each(report)
+    if len(parts) < 2:
+        return [figures_table(report)]
+    tables = []
+    for title, part in parts.items():
+        table = figures_table(part)
+        names = {contender["name"] for contender in part["stages"]["bench"][0]["content"]["contenders"]}
+        tables.append(replace(table, title=title, rows=tuple(row for row in table.rows if row[0] in names)))
+    return tables
+
+
+def one_bench_each(report: Json) -> dict[str, Json]:
+    """Returns label of the bench -> the report with that bench alone, in which no name needs the label."""
+    stages = report["stages"]
+    return {entry["label"]: {**report, "stages": {**stages, "bench": [entry]}} for entry in stages["bench"]}
+
+
+def widest_bench(report: Json) -> Json:
+    """Returns the report with the bench of the most contenders alone."""
+    parts = list(one_bench_each(report).values())
+    return max(parts, key=lambda part: len(part["stages"]["bench"][0]["content"]["contenders"]), default=report)
+
+
 def figures_table(report: Json) -> Table:
     """Returns one row a variant: size, perplexity, the main cases of the benches."""
     stages = report["stages"]
@@ -100,9 +143,12 @@ def figures_table(report: Json) -> Table:
 
 def perplexity_table(report: Json) -> Table:
     """Returns one row a variant and text: perplexity and its ratio, with intervals."""
+    stages = report["stages"]
+    # Named as they were evaluated where several benches have them.
+    alone = {**stages, "bench": []} if len(stages["bench"]) > 1 else stages
     rows = [
         (variant.name, text, interval(estimate, 4), interval(variant.ratio.get(text)))
-        for variant in variants_of(report["stages"])
+        for variant in variants_of(alone)
         for text, estimate in variant.perplexity.items()
     ]
     columns = ("model", "text", "perplexity [95 %]", "× first model [95 %]")
@@ -147,9 +193,9 @@ def rivals_table(report: Json) -> Table:
     variants, rows = variants_of(report["stages"]), []
     for case in cases_of(report["stages"]):
         for variant, rival, gain in against_faster(case, variants):
-            named = rival.name if rival.kind == rival.name else f"{rival.name} ({rival.kind})"
+            named = rival.contender if rival.kind == rival.contender else f"{rival.contender} ({rival.kind})"
             times = (number(each.times[case].median_ms) for each in (rival, variant))
-            rows.append((case, variant.name, named, *times, interval(gain)))
+            rows.append((case, variant.contender, named, *times, interval(gain)))
     columns = ("case", "PIFA", "faster of dense and 2:4", "its ms", "PIFA ms", "speed-up [95 %]")
     return Table(title="PIFA against the faster of dense and 2:4", columns=columns, rows=tuple(rows))
 

@@ -88,6 +88,8 @@ class TensorRTRunner:
             MisfitError: the step is larger than the engine was built for.
             StageFailedError: TensorRT failed; the message has its words.
         """
+        # The cache may have been made on the caller's stream.
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             feeds = {**self._ids(inputs), **(cache or self._empty_cache(len(inputs.input_ids)))}
             results = self._bound(self._context, feeds)
@@ -127,7 +129,8 @@ class TensorRTRunner:
     def load_cache(self, past: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See TensorRunner."""
         wanted = [name for name in self._dtypes if name.startswith(f"{PAST}.")]
-        return {name: past[name].to(self.device, self._dtypes[name]).contiguous() for name in wanted}
+        # A copy always: TensorRT wants addresses aligned to 256 bytes, which a part of a tensor need not have.
+        return {name: past[name].to(self.device, self._dtypes[name], copy=True).contiguous() for name in wanted}
 
     def read_cache(self, cache: Any) -> dict[str, torch.Tensor]:
         """See TensorRunner."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pifa_deploy.errors import MissingCapabilityError, first_line
+from pifa_deploy.errors import MissingCapabilityError, StageFailedError, first_line
 
 _WARM_UP = 3  # torch's advice before a capture: https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs
 
@@ -74,15 +74,15 @@ def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
 def _captured(run: Callable[[], object], stream: torch.cuda.Stream | None) -> Any:
     if stream is None:
         raise MissingCapabilityError("a CUDA graph was asked for on the CPU, expected a GPU; leave the graph out")
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UP):
+            run()
+    stream.synchronize()
     try:
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UP):
-                run()
-        stream.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             run()
-    except RuntimeError as error:
+    except (RuntimeError, StageFailedError) as error:
         raise MissingCapabilityError(
             f"the step cannot be captured as a CUDA graph ({first_line(error)}); time it without"
         ) from error

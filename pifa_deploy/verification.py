@@ -62,6 +62,10 @@ class VerifyOptions(CaseOptions):
             raise ValueError(f"levels are {self.levels}, expected some of {', '.join(LEVELS)}")
         if self.operator_positions < 1:
             raise ValueError(f"operator_positions is {self.operator_positions}, expected at least 1")
+        if self.engine is not None and "logits" not in self.levels:
+            raise ValueError(
+                f"levels are {', '.join(self.levels)} of an engine, which answers with logits; add that level"
+            )
         if self.plugin_library is not None and self.engine is None:
             raise ValueError(f"plugin_library is {self.plugin_library} without an engine, which is what it is for")
         if self.source is not None and "weights" not in self.levels:

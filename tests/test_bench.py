@@ -461,7 +461,14 @@ def test_bad_arguments_are_refused_in_one_line(
 
 def test_two_contenders_of_one_name_are_refused(pifa_deploy: Callable[..., Outcome], dense: Path) -> None:
     pifa_deploy("bench", dense, dense, *QUICK).failed(ExitCode.USAGE, r"are both named 'dense'; name one as NAME=")
-    pifa_deploy("bench", f"={dense}", *QUICK).failed(ExitCode.USAGE, "is no contender, expected PLACE or NAME=PLACE")
+    pifa_deploy("bench", f"={dense}", *QUICK).failed(ExitCode.USAGE, "is no model, expected PLACE or NAME=PLACE")
+
+
+def test_options_that_mean_nothing_to_a_plan_are_refused(
+    pifa_deploy: Callable[..., Outcome], dense: Path, tmp_path: Path
+) -> None:
+    outcome = pifa_deploy("bench", dense, "--choose", tmp_path / "plan.json", "--memory")
+    outcome.failed(ExitCode.USAGE, "--memory has no meaning with --choose, which times layers; leave it out")
 
 
 def test_no_gpu_is_nothing_decided(pifa_deploy: Callable[..., Outcome], dense: Path) -> None:

@@ -11,14 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 import torch
 from kernel_fixtures import host_kernels
 
 from pifa_deploy.cuda_kernels import Kernels
 from pifa_deploy.density import rank_for_density
-from pifa_deploy.errors import MisfitError
 
 PERF = Path(__file__).resolve().parents[1] / "perf"
 sys.path.insert(0, str(PERF))
@@ -26,8 +24,7 @@ sys.path.insert(0, str(PERF))
 import bench_compress  # noqa: E402
 import bench_linear  # noqa: E402
 import bench_model  # noqa: E402
-import bundle_models  # noqa: E402
-import check_engine  # noqa: E402
+import verdict  # noqa: E402
 from model_decoder import Decoder, Shape  # noqa: E402
 
 SMALL = Shape(name="small", hidden=128, intermediate=192, heads=4, kv_heads=2, layers=2, whole_layers=6, head_dim=32)
@@ -106,6 +103,44 @@ def test_the_decoders_are_timed_side_by_side_and_failures_keep_their_reason(kern
     assert any("no kernel library" in line for line in lines)
 
 
+def test_both_kernel_rows_of_a_decoder_are_compared(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = bench_model.Options(device="cpu", dtype=torch.float32, density=0.5, prompt=9, rounds=1, kernels=kernels)
+    for kind in bench_model.OUR_KERNELS:
+        with monkeypatch.context() as other, torch.no_grad():
+            # Dense weights are others than those of the factors.
+            other.setitem(bench_model.KINDS, kind, bench_model.KINDS["dense"])
+            rows = bench_model.measure(SMALL, options)
+        assert rows[kind]["failed"].startswith("wrong result: differs from plain operators by ")
+        right = {each for each in bench_model.OUR_KERNELS if "failed" not in rows[each]}
+        assert right == set(bench_model.OUR_KERNELS) - {kind}
+        code, why = verdict.judge([("small", rows, bench_model.OUR_KERNELS)])
+        assert (code, why.partition(" differs")[0]) == (1, f"small, {kind}: wrong result:")
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ({"ours": {"ms": 1.0}, "2:4": {"failed": "ImportError: no cuSPARSELt"}}, (0, "1 points, no wrong result")),
+        ({"ours": {"failed": "RuntimeError: wrong result: relative error nan"}}, (1, "ours: RuntimeError: wrong")),
+        ({"ours": {"ms": 1.0}, "2:4": {"failed": "RuntimeError: NaN or Inf in the output"}}, (1, "2:4: RuntimeError")),
+        ({"ours": {"failed": "KernelError: no Information"}}, (3, "not decided: p, ours: KernelError")),
+        ({"2:4": {"ms": 1.0}}, (3, "not decided: p, ours: not measured")),
+    ],
+)
+def test_a_benchmark_is_judged_by_its_rows(rows: dict[str, dict[str, str]], expected: tuple[int, str]) -> None:
+    code, why = verdict.judge([("p", rows, ["ours"])])
+    assert code == expected[0]
+    assert expected[1] in why
+    # A wrong result counts wherever it is.
+    wrong = ("q", {"dense": {"failed": "wrong result: 1.0"}}, ["ours"])
+    assert verdict.judge([("p", rows, ["ours"]), wrong])[0] == 1
+
+
+def test_nothing_measured_is_not_decided() -> None:
+    assert verdict.judge([]) == (3, "not decided: nothing was measured")
+    assert verdict.judge([("p", {"dense": {"ms": 1.0}}, [])]) == (3, "not decided: p: no row of the kernels")
+
+
 def test_equal_density_is_what_the_shapes_promise() -> None:
     for shape in bench_model.SHAPES:
         sizes = [(m, n) for n, outs in shape.linears() for m in outs]
@@ -157,45 +192,10 @@ def test_the_benchmark_checks_and_times_every_contender_that_runs_here(kernels: 
     plotted = importlib.util.find_spec("matplotlib") is not None
     assert (tmp_path / "bench_linear.png").is_file() == plotted
     assert ("plots: bench_linear.png" if plotted else "no plots: matplotlib is not installed") in done.stdout
-
-
-def test_engines_are_judged_by_their_logits_and_keep_the_words_of_a_refusal(tmp_path: Path) -> None:
-    from pifa_deploy.onnx_folder import open_folder
-    from pifa_deploy.onnx_runner import OnnxRuntimeRunner
-
-    kind = bundle_models.config()
-    kind.update({"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1})
-    kind.update({"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16})
-    bundle_models.main(tmp_path, kind)
-
-    def opened(folder: Path, library: Path | None) -> OnnxRuntimeRunner:
-        if library is not None:
-            raise MisfitError("no plugin here\nbut a second line")
-        return OnnxRuntimeRunner(open_folder(folder))
-
-    rows = check_engine.measure(tmp_path, tmp_path / "lib.so", opened)
-    assert rows["PIFA, plugin"] == {"failed": "MisfitError: no plugin here\nbut a second line"}
-    assert check_engine.judge(rows) == 3
-    done = {name: row for name, row in rows.items() if name != "PIFA, plugin"}
-    assert list(done) == ["dense", "2:4", "PIFA, plain"]
-    assert check_engine.judge(done) == 0
-    assert all(row["prefill_ms"] > 0 and row["decode_ms"] > 0 for row in done.values())
-    lines = check_engine.table("onnxruntime", rows)
-    assert lines[-1] == "| onnxruntime | PIFA, plugin | MisfitError: no plugin here |"
-    # The models are different ones: an engine of another would be found out.
-    for wrong in ("dense", "2-4"):
-        ids, exact = np.load(tmp_path / "logits.npz")["input_ids"], np.load(tmp_path / "logits.npz")[wrong]
-        prompt, token = check_engine.relative_errors(opened(tmp_path / "pifa", None), ids, exact)
-        assert min(prompt, token) > 0.1
-        assert check_engine.judge({"x": {"prefill_error": prompt, "decode_error": 0.0}}) == 1
-    assert check_engine.judge({"x": {"prefill_error": 0.0, "decode_error": float("nan")}}) == 1
-
-
-def test_without_a_gpu_engines_are_not_decided(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    out = str(tmp_path / "out")
-    monkeypatch.setattr(sys, "argv", ["check_engine", str(tmp_path), "--library", "lib.so", "--out", out])
-    assert check_engine.main() == 3
-    assert capsys.readouterr() == ("no GPU: not decided\n", "")
+    assert done.stdout.endswith("\n2 points, no wrong result\n")
+    report["results"][1]["rows"]["PIFA GEMM"] = {"failed": "KernelError: made up"}
+    assert bench_linear.verdict(report) == (3, "not decided: small at 0.7, 9 tokens, PIFA GEMM: KernelError: made up")
+    report["results"][0]["rows"]["dense"] = {"failed": "RuntimeError: wrong result: relative error 1.00e+00"}
+    assert bench_linear.verdict(report)[0] == 1
+    done = subprocess.run([*program, *options, "--seconds", "0"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (3, "not decided: nothing was measured")

@@ -14,9 +14,11 @@ from kernel_fixtures import host_kernels
 from torch import nn
 
 from pifa_deploy import cuda_kernels
-from pifa_deploy.cuda_kernels import PivotLayer
+from pifa_deploy.cuda_kernels import Kernels, PivotLayer
+from pifa_deploy.errors import PifaDeployError
 from pifa_deploy.launch_groups import group_launches
 from pifa_deploy.linear import PifaLinear, pifa_linear
+from pifa_deploy.plugin_library import find_library
 
 
 class Recorder:
@@ -86,6 +88,30 @@ def test_a_prompt_and_a_token_go_through_the_host_twins_of_the_kernels(
             last = decoder(ids[:, -1:], past_key_values=cache.past_key_values).logits
         finally:
             groups.remove()
+    torch.testing.assert_close(cache.logits, expected[:, :-1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(last, expected[:, -1:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no GPU")
+def test_on_a_gpu_shared_launches_answer_as_the_layers_alone(decoder: nn.Module) -> None:
+    try:
+        kernels = Kernels(find_library())
+    except PifaDeployError as error:
+        pytest.skip(str(error))
+    model, counts = copy.deepcopy(decoder).to("cuda"), []
+
+    def apply(layers: Sequence[PivotLayer], x: torch.Tensor) -> list[torch.Tensor]:
+        counts.append(len(layers))
+        return cuda_kernels.apply_group(kernels, layers, x)
+
+    ids = torch.arange(20, device="cuda")[None]
+    with torch.no_grad():
+        expected = model(ids).logits  # plain operators: no kernels are enabled
+        assert group_launches(model, apply).paths == expected_paths(model)
+        cache = model(ids[:, :-1], use_cache=True)
+        last = model(ids[:, -1:], past_key_values=cache.past_key_values).logits
+    assert counts == [3, 2] * model.config.num_hidden_layers * 2
     torch.testing.assert_close(cache.logits, expected[:, :-1], rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(last, expected[:, -1:], rtol=1e-4, atol=1e-4)
 

@@ -19,7 +19,7 @@ from torch import nn
 from pifa_deploy import onnx_passes
 from pifa_deploy.column_linear import PifaColumnLinear
 from pifa_deploy.compression import CompressOptions, compress_model
-from pifa_deploy.errors import InputRefusedError, MisfitError, MissingCapabilityError
+from pifa_deploy.errors import InputMissingError, InputRefusedError, MisfitError, MissingCapabilityError
 from pifa_deploy.factorization import factors_from_low_rank
 from pifa_deploy.latency import ClockOptions
 from pifa_deploy.layer_choice import ChoiceOptions, FormTimes, choose, decide
@@ -208,6 +208,8 @@ def test_a_plan_that_does_not_fit_is_refused(
 def test_what_cannot_be_chosen_for_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(InputRefusedError, match=r"has no factorised layers"):
         choose(checkpoint.parent / "dense", ChoiceOptions(clock=QUICK))
+    with pytest.raises(InputMissingError, match=r"hf:some/model: no such folder; a plan is bound to a checkpoint"):
+        choose("hf:some/model", ChoiceOptions(clock=QUICK))
     with pytest.raises(MissingCapabilityError, match=r"no bf16 kernels on a CPU"):
         choose(checkpoint, ChoiceOptions(dtype="bf16"))
     with pytest.raises(ValueError, match=r"the workload is 0 \+ 0 tokens"):

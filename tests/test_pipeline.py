@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from pifa_deploy.calibration import HELD_OUT_TEXT, packaged_text
 from pifa_deploy.cli.ci import arguments_of
 from pifa_deploy.errors import ExitCode, InputMissingError, InputRefusedError
 from pifa_deploy.pipeline import Outcome as StepOutcome
-from pifa_deploy.pipeline import verdict
+from pifa_deploy.pipeline import StepFailedError, _key, run_steps, verdict
 from pifa_deploy.pipeline_file import read_pipeline
 from pifa_deploy.pipeline_steps import Step, steps_of
 
@@ -66,6 +67,9 @@ def file(tmp_path: Path) -> Callable[[str], Path]:
         (f"[variants.a]\n{COMPRESS}\n", r"needs the dense model"),
         ('[variants.a]\ncheckpoint = "c"\nimport = "i"\n', r"has checkpoint and import, expected one of"),
         ('[variants.a]\nchekpoint = "c"\n', r"\[variants\.a\]: unknown key 'chekpoint'; did you mean checkpoint\?"),
+        ('[variants.a]\ncheckpoint = "c"\n[bench.t]\n', r"\[bench\.t\]: a is measured as ONNX; add \[export\]"),
+        ('[variants.a]\ncheckpoint = "c"\n[verify]\n', r"\[verify\] of a works on ONNX; add \[export\]"),
+        ('[variants.report]\ncheckpoint = "c"\n', r"the name 'report' is that of a result in the output folder"),
         ('[variants."../a"]\ncheckpoint = "c"\n', r"the name '\.\./a' is not one of letters"),
         ('[variants.a]\nrelayout = {layout = "auto"}\n', r"relayout has no from"),
         (
@@ -83,6 +87,19 @@ def test_a_malformed_file_is_refused_by_name(file: Callable[[str], Path], text: 
         read_pipeline(file(text))
 
 
+@pytest.mark.parametrize(
+    ("build", "pattern"),
+    [
+        ('target = ["rtx4900"]', r"\[build\] of dense: .*rtx4900.*rtx4090"),
+        ('target = ["orin-agx"]', r"\[build\] of dense: .*8\.7"),
+    ],
+)
+def test_a_gpu_that_cannot_be_built_for_is_refused_before_the_first_step(
+    file: Callable[[str], Path], pifa_deploy: Callable[..., Outcome], build: str, pattern: str
+) -> None:
+    pifa_deploy("ci", file(f"{WHOLE}[build]\n{build}\n"), "--dry-run").failed(ExitCode.INPUT_REFUSED, pattern)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputMissingError, match=r"none\.toml: no such file; docs/ci has an example"):
         read_pipeline(tmp_path / "none.toml")
@@ -98,6 +115,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("compress", {"density": True}, r"density is True, expected text or a number"),
         ("compress", {"force": True}, r"unknown key 'force'"),
         ("verify", {"reference": "c"}, r"unknown key 'reference'"),
+        ("bench", {"device": "cpu"}, r"unknown key 'device'"),
+        ("compress", {"density": [0.5, 0.6]}, r"density is \[0\.5, 0\.6\], expected one value"),
     ],
 )
 def test_options_are_those_of_the_command(command: str, table: dict[str, object], pattern: str) -> None:
@@ -111,6 +130,7 @@ def test_options_become_arguments() -> None:
         *("--density", "0.5", "--calibration", "mixture", "--calibration", "a.txt", "--sequence-length", "64")
     ]
     assert arguments_of("export", {"plain-ops": True}, "") == ["--plain-ops"]
+    assert arguments_of("export", {"plan": "plan.json"}, "") == ["--plan", "plan.json"]
 
 
 def test_steps_follow_the_file_and_the_variants_own_options(file: Callable[[str], Path]) -> None:
@@ -196,6 +216,52 @@ def test_a_second_run_keeps_all_but_what_was_changed(made: tuple[Path, subproces
     steps = json.loads((folder / "ci.json").read_text())["steps"]
     assert [step["title"] for step in steps if not step["kept"]] == ["verify onnx dense"]
     assert "FAILED: verify onnx dense" in done.stderr
+
+
+def test_a_text_that_changed_is_read_again(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
+    folder, _ = made
+    ci(folder)
+    text = folder / "held-out.txt"
+    text.write_text(text.read_text()[100:])
+    assert ci(folder).returncode == ExitCode.PASSED
+    steps = json.loads((folder / "ci.json").read_text())["steps"]
+    assert [step["title"] for step in steps if not step["kept"]] == ["evaluate"]
+
+
+def test_a_report_has_only_what_the_file_asks_for_and_what_is_up_to_date(
+    made: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    folder, _ = made
+    stale = folder / "made/pifa/verify-onnx.json"
+    shutil.copy(folder / "made/dense/verify-onnx.json", stale)
+    (folder / "pifa-deploy.toml").write_text(WHOLE + "[report]\n")
+    done = ci(folder, "--force", "--json", "-")
+    (folder / "pifa-deploy.toml").write_text(WHOLE)
+    stale.unlink()
+    assert done.returncode == ExitCode.PASSED, done.stderr
+    assert json.loads(done.stdout)["verdict"] == "passed"
+    stages = json.loads((folder / "made/report/report.json").read_text())["stages"]
+    assert [entry["label"] for entry in stages["verify"]] == ["dense"]
+    assert [entry["label"] for entry in stages["checkpoint"]] == ["pifa"]
+
+
+def test_results_of_the_other_stage_are_reported_while_they_are_up_to_date(tmp_path: Path) -> None:
+    (tmp_path / "pifa-deploy.toml").write_text('[variants.a]\ncheckpoint = "c"\n')
+    file = read_pipeline(tmp_path / "pifa-deploy.toml")
+    (tmp_path / "in").write_text("x")
+    (tmp_path / file.output).mkdir()
+    other = Step(title="o", arguments=("inspect", "in"), output=file.output / "o.json", judges=True)
+    (tmp_path / other.output).write_text("{}")
+    key = _key(tmp_path, other, other.arguments)
+    record = {"schema": 1, "artefact": "steps", "steps": {str(other.output): {"key": key, "exit_code": 0}}}
+    (tmp_path / file.output / "steps.json").write_text(json.dumps(record))
+    reads = Step(title="r", arguments=("--version",), output=Path("r"), reads_too=(("--verify", "a", other.output),))
+    shown: list[str] = []
+    for _ in range(2):
+        with contextlib.suppress(StepFailedError):
+            run_steps(file, [reads], others=[other], say=shown.append)
+        (tmp_path / "in").write_text("changed")
+    assert shown == [f"pifa-deploy --version --verify a={other.output}", "pifa-deploy --version"]
 
 
 def test_a_step_that_fails_ends_the_run_with_its_exit_code(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:

@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 _PREFILL, _DECODE = (128, 512), (128,)
 _CLOCK = ("warm_up_ms", "iterations", "duration_s", "rounds", "seed")
+_NOT_CHOOSING = (
+    *("decode", "batch", "cuda_graph", "baseline", "fixed", "target", "bandwidth_gb_s", "peak_tflops", "launch_us"),
+    *("gate_speed_up", "max_spread", "memory"),
+)
 _MODULES = {
     "torch": "torch",
     "onnxruntime": "onnxruntime",
@@ -86,13 +90,18 @@ def _choose(named: dict[str, str], path: Path, json_path: Path | None, flags: di
     """Measures the layers of one checkpoint and writes their plan."""
     if len(named) != 1:
         raise ValueError(f"--choose takes one checkpoint and there are {len(named)}, expected exactly one")
+    source = click.get_current_context().get_parameter_source
+    idle = [name for name in _NOT_CHOOSING if source(name) is click.core.ParameterSource.COMMANDLINE]
+    if idle:
+        raise ValueError(
+            f"--{idle[0].replace('_', '-')} has no meaning with --choose, which times layers; leave it out"
+        )
     from pifa_deploy.layer_choice import ChoiceOptions, choose
     from pifa_deploy.layer_plan import write_plan
     from pifa_deploy.timed_contenders import RunOptions
 
     run = RunOptions(device=flags["device"], threads=flags["threads"])
     prefill: tuple[int, ...] = flags["prefill"] or (_PREFILL[-1],)
-    source = click.get_current_context().get_parameter_source
     given = {name: flags[name] for name in _CLOCK if source(name) is click.core.ParameterSource.COMMANDLINE}
     options = ChoiceOptions(
         dtype=flags["dtype"] or ("fp32" if run.chosen_device == "cpu" else "fp16"),

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pifa_deploy.cli import console
-from pifa_deploy.errors import ExitCode, InputRefusedError
+from pifa_deploy.errors import ExitCode, InputRefusedError, MisfitError
 
 if TYPE_CHECKING:
     from pifa_deploy.pipeline import Outcome
+    from pifa_deploy.pipeline_file import PipelineFile
 
 _STAGES = ["cpu", "gpu"]
-# What ci itself gives to every command.
-_OWN_FLAGS = ("json_path", "force", "out", "reference", "engine", "saved", "plan")
+# What ci itself gives to the commands, and what is no part of a pipeline.
+_OWN_FLAGS = ("json_path", "force", "out", "reference")
+_OWN_FLAGS_OF = {"verify": ("engine", "saved"), "bench": ("plan", "generated", "device")}
 _RESULTS = {ExitCode.PASSED: "passed", ExitCode.GATE_FAILED: "FAILED", ExitCode.NOT_DECIDED: "not decided"}
 
 
@@ -38,15 +40,20 @@ def ci_command(file: Path, stage: str, dry_run: bool, force: bool, json_path: Pa
     from pifa_deploy.pipeline_steps import steps_of
 
     pipeline = read_pipeline(file)
-    steps = steps_of(pipeline, stage, arguments_of)
+    _check_targets(pipeline)
+    # Both stages, so that a mistake in the other one is not found on the other machine.
+    stages = {name: steps_of(pipeline, name, arguments_of) for name in _STAGES}
+    steps, others = stages.pop(stage), next(iter(stages.values()))
     if dry_run:
-        root = pipeline.path.resolve().parent
         for step in steps:
-            click.echo(shlex.join(("pifa-deploy", *step.command(root))))
+            click.echo(shlex.join(("pifa-deploy", *step.command(lambda place: True))))
         return ExitCode.PASSED
     if stage == "gpu":
         require_gpu()
-    outcomes = run_steps(pipeline, steps, force=force, say=lambda line: click.echo(f"== {line}", err=True))
+    others = [step for step in others if step.title != "report"]
+    outcomes = run_steps(
+        pipeline, steps, others=others, force=force, say=lambda line: click.echo(f"== {line}", err=True)
+    )
     code = verdict(outcomes)
     console.result({"artefact": "ci", "schema": 1, "verdict": _RESULTS[code], "steps": _listed(outcomes)}, json_path)
     for outcome in outcomes:
@@ -54,6 +61,24 @@ def ci_command(file: Path, stage: str, dry_run: bool, force: bool, json_path: Pa
             click.echo(f"{_RESULTS[ExitCode(outcome.exit_code)]}: {outcome.step.title}", err=True)
     console.summary(f"{file}, stage {stage}: {_RESULTS[code]}", json_path)
     return code
+
+
+def _check_targets(pipeline: PipelineFile) -> None:
+    """Raises InputRefusedError for a GPU in [build] that nobody knows or that its backend does not build for."""
+    from pifa_deploy.targets import RTX, capabilities
+
+    for variant in pipeline.variants:
+        table = variant.build or {}
+        names = table.get("target", [])
+        explicit = str(table.get("compute-capabilities", table.get("compute_capabilities", "")))
+        try:
+            capabilities(
+                tuple(names if isinstance(names, list) else [names]),
+                tuple(part.strip() for part in explicit.split(",") if part.strip()),
+                backend=table.get("backend", RTX),
+            )
+        except (ValueError, MisfitError) as error:
+            raise InputRefusedError(f"{pipeline.path}: [build] of {variant.name}: {error}") from None
 
 
 def arguments_of(name: str, table: Mapping[str, Any], where: str) -> list[str]:
@@ -70,12 +95,14 @@ def arguments_of(name: str, table: Mapping[str, Any], where: str) -> list[str]:
     options = {
         max(option.opts, key=len).lstrip("-"): option
         for option in command.params
-        if isinstance(option, click.Option) and option.name not in _OWN_FLAGS
+        if isinstance(option, click.Option) and option.name not in (*_OWN_FLAGS, *_OWN_FLAGS_OF.get(name, ()))
     }
     known_keys({key.replace("_", "-"): value for key, value in table.items()}, options, where)
     arguments: list[str] = []
     for key, value in table.items():
         option = options[key.replace("_", "-")]
+        if isinstance(value, list) and not option.multiple:
+            raise InputRefusedError(f"{where}: {key} is {value!r}, expected one value")
         for one in value if isinstance(value, list) else [value]:
             arguments += _argument(option, one, f"{where}: {key}")
     return arguments

@@ -228,6 +228,18 @@ int32_t prepare(PifaProblem const& problem, int32_t path)
     return carryOut(&problem, &nowhere, 1, path, preparer);
 }
 
+// Loads what a group takes that `problem` is a member of. Which kernels those are is decided by what members have in
+// common, so two of one kind stand for any group; one that cannot share a launch decodes.
+int32_t prepareGroup(PifaProblem const& problem, int32_t path)
+{
+    PifaProblem const members[] = {problem, problem};
+    PifaBuffers const nowhere[] = {placeholders(), placeholders()};
+    Preparer preparer;
+    int32_t const status = carryOut(members, nowhere, 2, path, preparer);
+    bool const falls = path == PIFA_PATH_COOPERATIVE && status == PIFA_UNSUPPORTED;
+    return falls ? carryOut(members, nowhere, 2, PIFA_PATH_DECODE, preparer) : status;
+}
+
 // What AUTO tries first. The cooperative path may still say PIFA_UNSUPPORTED, then it is PIFA_PATH_DECODE.
 int32_t preferredPath(PifaProblem const& problem)
 {
@@ -275,10 +287,17 @@ extern "C" int32_t pifaLinearChosenPath(PifaProblem const* problem)
 
 extern "C" int32_t pifaLinearPrepare(PifaProblem const* problem, int32_t path)
 {
-    int32_t const status = pifa::checkProblem(problem, path);
+    int32_t status = pifa::checkProblem(problem, path);
+    if (status != PIFA_OK)
+    {
+        return status;
+    }
     try
     {
-        return status == PIFA_OK ? pifa::prepare(*problem, pifa::resolvePath(*problem, path)) : status;
+        int32_t const taken = pifa::resolvePath(*problem, path);
+        status = pifa::prepare(*problem, taken);
+        bool const groups = problem->form == PIFA_FORM_ROW && taken != PIFA_PATH_GEMM;
+        return status == PIFA_OK && groups ? pifa::prepareGroup(*problem, taken) : status;
     }
     catch (...)
     {

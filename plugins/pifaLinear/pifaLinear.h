@@ -75,8 +75,9 @@ PIFA_EXPORT int64_t pifaLinearWorkspaceBytes(PifaProblem const* problem, int32_t
 // Returns the path that PIFA_PATH_AUTO takes on this machine, or a negative PifaStatus.
 PIFA_EXPORT int32_t pifaLinearChosenPath(PifaProblem const* problem);
 
-// Makes what the first call on the current device would otherwise make: loads the kernels, makes a cuBLASLt handle.
-// Optional; call it before a first call that is captured in a graph. Returns a PifaStatus or a cudaError_t.
+// Makes what the first call on the current device would otherwise make: loads the kernels, those of a group of layers
+// like this one included, and makes a cuBLASLt handle. Optional; call it, for each member of a group, before a first call
+// that is captured in a graph. Returns a PifaStatus or a cudaError_t.
 PIFA_EXPORT int32_t pifaLinearPrepare(PifaProblem const* problem, int32_t path);
 
 // Enqueues the layer on `stream` (a cudaStream_t). Returns a PifaStatus or a cudaError_t; never throws or aborts.

@@ -19,8 +19,23 @@ using nvinfer1::PluginTensorDesc;
 namespace
 {
 
-// TensorRT reserves tactic 0, so the rule has this number where it is one tactic among others.
-constexpr int32_t kRuleTactic = PIFA_PATH_COUNT;
+struct Tactic
+{
+    int32_t number;
+    int32_t path; // PifaPath
+};
+
+// Engines store these numbers, so none ever changes or is used again, whatever PifaPath becomes; a new path gets the
+// next one. TensorRT reserves 0 for "none was chosen". In the order in which they are offered: the rule comes first
+// because a build without a GPU times nothing.
+constexpr Tactic kTactics[] = {
+    {3, PIFA_PATH_AUTO}, // the kernels' own rule
+    {1, PIFA_PATH_DECODE},
+    {2, PIFA_PATH_GEMM},
+    {4, PIFA_PATH_COOPERATIVE},
+};
+constexpr int32_t kLastTactic = 4;
+static_assert(sizeof(kTactics) / sizeof(Tactic) == PIFA_PATH_COUNT, "each path has a tactic");
 
 } // namespace
 
@@ -178,17 +193,15 @@ int32_t PifaLinearPlugin::configurePlugin(DynamicPluginTensorDesc const* in, int
             pifaLinearStatusString(static_cast<int32_t>(bytes)));
     }
     // TensorRT times a tactic at the profile's optimum and uses it over the whole profile: with one token there, the
-    // prompt would run on the decode kernel. So tactics are for fixed sizes only, the kernels' own rule for ranges. The
-    // rule comes first because a build without a GPU times nothing.
+    // prompt would run on the decode kernel. So tactics are for fixed sizes only, the kernels' own rule for ranges.
     mNbTactics = 0;
     if (least.tokens == most.tokens)
     {
-        mTactics[mNbTactics++] = kRuleTactic;
-        for (int32_t path = PIFA_PATH_AUTO + 1; path < PIFA_PATH_COUNT; ++path)
+        for (Tactic const& each : kTactics)
         {
-            if (pifaLinearCheck(&most, path) == PIFA_OK)
+            if (pifaLinearCheck(&most, each.path) == PIFA_OK)
             {
-                mTactics[mNbTactics++] = path;
+                mTactics[mNbTactics++] = each.number;
             }
         }
     }
@@ -238,14 +251,21 @@ char const* PifaLinearPlugin::getMetadataString() noexcept
 
 int32_t PifaLinearPlugin::setTactic(int32_t tactic) noexcept
 {
-    // 0 is TensorRT's word for "none was chosen".
-    if (tactic < 0 || tactic > kRuleTactic)
+    if (tactic == 0)
     {
-        return refuse(mAttributes, "tactic %d is not one of 0 to %d; build the engine with this library", tactic,
-            kRuleTactic);
+        mPath = PIFA_PATH_AUTO;
+        return kOk;
     }
-    mPath = tactic == kRuleTactic ? PIFA_PATH_AUTO : tactic;
-    return kOk;
+    for (Tactic const& each : kTactics)
+    {
+        if (each.number == tactic)
+        {
+            mPath = each.path;
+            return kOk;
+        }
+    }
+    return refuse(mAttributes, "tactic %d is not one of 0 to %d; build the engine with this library", tactic,
+        kLastTactic);
 }
 
 // The tactic was timed where the engine was built; here a part of the GPU may be held back, or be another one.

@@ -196,6 +196,8 @@ void checkBuild(Library const& library, Layer const& layer, DataType type, int64
     int32_t const fixed = build.getNbTactics();
     int32_t tactics[8]{};
     CHECK(fixed >= 2 && fixed <= 4 && build.getValidTactics(tactics, fixed) == 0);
+    // Where nothing is timed the first one is taken.
+    CHECK(tactics[0] == kRuleTactic);
     for (int32_t i = 0; i < fixed; ++i)
     {
         CHECK(tactics[i] > 0 && (i == 0 || tactics[i] != tactics[i - 1]));

@@ -17,6 +17,12 @@
 namespace pifaTest
 {
 
+// Engines store these numbers: what they meant once they mean for ever.
+inline constexpr int32_t kDecodeTactic = 1;
+inline constexpr int32_t kGemmTactic = 2;
+inline constexpr int32_t kRuleTactic = 3;
+inline constexpr int32_t kCooperativeTactic = 4;
+
 inline std::atomic<int64_t>& checks()
 {
     static std::atomic<int64_t> count{0};

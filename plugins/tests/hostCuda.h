@@ -219,8 +219,8 @@ inline int32_t runOnDevice(Library const& library)
             ++layers;
         }
     }
-    checkContexts(library, PIFA_PATH_DECODE);
-    checkContexts(library, PIFA_PATH_COOPERATIVE);
+    checkContexts(library, kDecodeTactic);
+    checkContexts(library, kCooperativeTactic);
     printf("%lld checks of enqueue over %d layers, %lld graph replays\n", static_cast<long long>(checks()), layers,
         static_cast<long long>(replays()));
     return failures() == 0 ? 0 : 1;

@@ -23,12 +23,13 @@ inline void checkRun(Library const& library, Layer const& layer, nvinfer1::DataT
     CHECK(enqueue() != 0 && library.last()->calls == before);
     CHECK_MESSAGE("onShapeChange was not called", layer.name);
     CHECK(runtime.onShapeChange(descs.data(), nbInputs, descs.data() + nbInputs, 1) == 0);
-    for (int32_t tactic : {0, 1, 2, 3, 4})
+    int32_t const paths[] = {PIFA_PATH_AUTO, PIFA_PATH_DECODE, PIFA_PATH_GEMM, PIFA_PATH_AUTO, PIFA_PATH_COOPERATIVE};
+    for (int32_t tactic : {0, kDecodeTactic, kGemmTactic, kRuleTactic, kCooperativeTactic})
     {
         CHECK(runtime.setTactic(tactic) == 0 && enqueue() == 0);
         PifaFakeCall const& call = *library.last();
         PifaProblem const& problem = call.problem;
-        CHECK(call.path == (tactic == 4 ? 0 : tactic));
+        CHECK(call.path == paths[tactic]);
         CHECK(problem.tokens == layer.tokens(tokens) && problem.inFeatures == layer.inFeatures
             && problem.outFeatures == layer.outFeatures && problem.rank == layer.rank);
         CHECK(problem.form == (layer.op->isColumn ? PIFA_FORM_COLUMN : PIFA_FORM_ROW));
@@ -44,18 +45,18 @@ inline void checkRun(Library const& library, Layer const& layer, nvinfer1::DataT
         CHECK(buffers.y == outputs[0] && buffers.workspace == &workspace);
     }
     // A tactic of the build that this machine lacks is left for the rule, with one warning; other paths are not.
-    CHECK(runtime.setTactic(PIFA_PATH_COOPERATIVE) == 0);
+    CHECK(runtime.setTactic(kCooperativeTactic) == 0);
     library.fail(PIFA_UNSUPPORTED);
     CHECK(enqueue() == 0 && library.last()->path == PIFA_PATH_AUTO);
     CHECK_MESSAGE("[W] pifa::", "cannot hold a cooperative launch", layer.name);
-    CHECK(runtime.setTactic(PIFA_PATH_COOPERATIVE) == 0);
+    CHECK(runtime.setTactic(kCooperativeTactic) == 0);
     library.fail(PIFA_UNSUPPORTED);
     CHECK(runtime.onShapeChange(descs.data(), nbInputs, descs.data() + nbInputs, 1) == 0);
     CHECK(enqueue() == 0 && library.last()->path == PIFA_PATH_AUTO);
-    CHECK(runtime.setTactic(PIFA_PATH_GEMM) == 0);
+    CHECK(runtime.setTactic(kGemmTactic) == 0);
     library.fail(PIFA_UNSUPPORTED);
     CHECK(enqueue() == PIFA_UNSUPPORTED);
-    CHECK(runtime.setTactic(PIFA_PATH_AUTO) == 0);
+    CHECK(runtime.setTactic(0) == 0);
     for (int32_t status : {700, -4})
     {
         library.fail(status);
