@@ -126,8 +126,13 @@ def check_shapes(record: EngineRecord, folder: Path, shapes: Mapping[str, tuple[
 
 
 def step_limits(record: EngineRecord) -> StepLimits:
-    """Returns the largest step that an engine's profile allows."""
+    """Returns the largest step that an engine's profile allows; raises InputRefusedError for one of no decoder."""
     profile = record.profiles[0]
+    if "input_ids" not in profile:
+        raise InputRefusedError(
+            f"the engine's inputs are {', '.join(sorted(profile))}, expected input_ids among them; build it from a "
+            "folder written by `pifa-deploy export`"
+        )
     past = next((limits["max"][2] for name, limits in profile.items() if name.startswith(f"{PAST}.")), None)
     return StepLimits(tokens=profile["input_ids"]["max"][1], past=past)
 

@@ -127,7 +127,8 @@ def check_origin(record: EngineRecord, engine: Path, folder: OnnxFolder) -> None
 
 
 def _limits(record: EngineRecord) -> dict[str, int]:
-    limits, batch = step_limits(record), record.profiles[0]["input_ids"]["max"][0]
+    limits = step_limits(record)
+    batch = record.profiles[0]["input_ids"]["max"][0]
     return {"batch": batch, "tokens": limits.tokens or 1, "past": limits.past or 0}
 
 

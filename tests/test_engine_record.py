@@ -56,7 +56,7 @@ def test_a_record_survives_being_written_and_read(tmp_path: Path) -> None:
         ({"compute_capabilities": ["sm86"]}, r"compute_capabilities is \['sm86'\]"),
         ({"profiles": [{"x": {"min": [1]}}]}, r"profiles\[0\]: x is"),
         ({"profiles": 3}, r"profiles is 3"),
-        ({"profiles": []}, r"inputs of the first profile is \[\], expected input_ids among them"),
+        ({"profiles": []}, r"profiles is \[\], expected at least one"),
         ({"engines": []}, r"engines is \[\]"),
         ({"engines": [{**RECORD["engines"][0], "file": "../x"}]}, r"engines\[0\]: file is '\.\./x'"),
         ({"engines": [{**RECORD["engines"][0], "bytes": 6}]}, r"model\.engine: its size is 5, expected 6 bytes"),

@@ -44,7 +44,15 @@ WRITERS = {
 }
 READERS = {
     "verify": ("{onnx}", "--reference", "{checkpoint}", "--text", "{text}", "--decode-steps", "900"),
-    "evaluate": (*["{dense}"] * 50, "--text", "{text}", "--context", "1000", "--max-windows", "1000"),
+    "evaluate": (
+        *[f"m{i}={{dense}}" for i in range(50)],
+        "--text",
+        "{text}",
+        "--context",
+        "1000",
+        "--max-windows",
+        "1000",
+    ),
 }
 
 
