@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -217,6 +217,17 @@ def read_layers(folder: Path, density: float | None) -> tuple[Layer, ...]:
         assert density is not None
         path, decoder = decoder_layers(model, str(folder))
         ranks = allocate(linear_shapes(path, decoder), AllocationOptions(density=density)).ranks
+    return linears_of(model, ranks, columns)
+
+
+def linears_of(model: PreTrainedModel, ranks: Mapping[str, int], columns: Collection[str]) -> tuple[Layer, ...]:
+    """Returns all linears of a model in the order of its modules; those without a rank are dense.
+
+    Args:
+        model: its shapes are all that is read.
+        ranks: module -> rank.
+        columns: modules in the column form.
+    """
     return tuple(
         Layer(
             name=name,
@@ -224,7 +235,7 @@ def read_layers(folder: Path, density: float | None) -> tuple[Layer, ...]:
             in_features=linear.in_features,
             rank=ranks.get(name),
             column=name in columns,
-            group=merged_group(name),
+            group=_merged_group(name),
         )
         for name, linear in model.named_modules()
         if isinstance(linear, nn.Linear)
@@ -241,7 +252,7 @@ def _check_shapes(model: PreTrainedModel, record: FactorizationRecord, where: st
             )
 
 
-def merged_group(name: str) -> str | None:
+def _merged_group(name: str) -> str | None:
     """Returns the group of linears that builders merge into one product while they are dense, None for none."""
     parent, _, last = name.rpartition(".")
     return f"{parent}.{_MERGED[last]}" if last in _MERGED else None

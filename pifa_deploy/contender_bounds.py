@@ -7,9 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from pifa_deploy.advice import merged_group
+from pifa_deploy.advice import linears_of
 from pifa_deploy.checkpoint import read_config
 from pifa_deploy.gpu_limits import ITEMSIZES, LimitOptions, Limits, limits_of
 from pifa_deploy.importers.assembly import skeleton
@@ -101,22 +99,11 @@ def bounds_ms(contender: TimedContender, tokens: Sequence[int], options: BoundOp
     return [decoder_bound(layers, variant, count, limits).seconds * 1e3 for count in tokens]
 
 
-def _layers(contender: TimedContender, folder: Path) -> list[Layer]:
+def _layers(contender: TimedContender, folder: Path) -> tuple[Layer, ...]:
     """Returns all linears of the model, with ranks; a pruned one has rank 1, which 2:4 does not look at."""
     config = read_config(folder)
     config.pop("quantization_config", None)
     model = skeleton(config, where=str(folder / "config.json"), tensors=_MOST_LAYERS)
     ranks = {**contender.ranks, **dict.fromkeys(contender.pruned, 1)}
     columns = {name for name, spec in contender.modules.items() if spec.format == "pifa-column"}
-    return [
-        Layer(
-            name=name,
-            out_features=linear.out_features,
-            in_features=linear.in_features,
-            rank=ranks.get(name),
-            column=name in columns,
-            group=merged_group(name),
-        )
-        for name, linear in model.named_modules()
-        if isinstance(linear, nn.Linear)
-    ]
+    return linears_of(model, ranks, columns)
