@@ -105,8 +105,8 @@ def is_onnx(place: str) -> bool:
         return False
     if path.name == ENGINE_JSON or (path / ENGINE_JSON).is_file():
         raise MissingCapabilityError(
-            f"{place}: is an engine folder, which needs a runner on a GPU and is not supported yet; "
-            "name the ONNX folder that it was built from"
+            f"{place}: is an engine folder, which gives no perplexity here; name the ONNX folder that it was built "
+            "from, and hold the engine against it with verify --engine"
         )
     if path.name == MODEL_FILE or (path / MODEL_FILE).is_file():
         return True

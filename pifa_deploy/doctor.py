@@ -50,12 +50,7 @@ class Capability:
     install: str = ""
 
 
-_RUN_ENGINE = Capability(
-    name="run engine",
-    available=False,
-    reason="this version has no command that runs an engine",
-    install="load model.engine with TensorRT itself, on a GPU that engine.json names",
-)
+_RUNTIMES = {"tensorrt_rtx": RTX, "tensorrt": TENSORRT}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +100,7 @@ def judge(packages: Mapping[str, str | None], gpus: tuple[LocalGpu, ...]) -> tup
         _needs("verify", packages, ("torch", "transformers", "onnx", "onnxruntime"), "pifa-deploy[cpu]"),
         _needs(f"build {RTX}", packages, ("tensorrt_rtx", "polygraphy"), "pifa-deploy[rtx]", "no GPU is needed"),
         _build_on_gpu(packages, gpus),
-        _RUN_ENGINE,
+        _run_engine(packages, gpus),
     )
 
 
@@ -187,6 +182,25 @@ def _build_on_gpu(packages: Mapping[str, str | None], gpus: tuple[LocalGpu, ...]
     if reason:
         return Capability(name=name, available=False, reason=reason, install=install)
     return _needs(name, packages, ("tensorrt", "polygraphy"), "pifa-deploy[tensorrt]", _gpu_text(gpus[0]))
+
+
+def _run_engine(packages: Mapping[str, str | None], gpus: tuple[LocalGpu, ...]) -> Capability:
+    """Judges generate, bench and `verify --engine` on engines; `engine_fit` holds each engine against the machine."""
+    name = "run engine"
+    if not gpus:
+        reason, install = "no NVIDIA GPU found", "use a machine with one and its driver"
+        return Capability(name=name, available=False, reason=reason, install=install)
+    capability = gpus[0].compute_capability
+    served = {module: backend for module, backend in _RUNTIMES.items() if capability in SERVED[backend]}
+    found = [f"{backend} {packages[module]}" for module, backend in served.items() if packages.get(module)]
+    if found:
+        return Capability(name=name, available=True, reason=f"{', '.join(found)}; {_gpu_text(gpus[0])}")
+    if not served:
+        reason, install = f"no TensorRT serves {_gpu_text(gpus[0])}", "use a machine with a GPU that one serves"
+    else:
+        extras = " or ".join(f"'pifa-deploy[{backend.removeprefix('tensorrt-')}]'" for backend in served.values())
+        reason, install = f"{' and '.join(served)} missing", f"pip install {extras}"
+    return Capability(name=name, available=False, reason=reason, install=install)
 
 
 def _gpu_text(gpu: LocalGpu) -> str:

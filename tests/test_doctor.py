@@ -39,17 +39,34 @@ def test_the_diagnosis_of_this_machine_is_json_and_tables() -> None:
 
 def test_with_everything_on_a_served_gpu_all_is_possible() -> None:
     judged = _judged(dict(ALL), RTX_4090)
-    assert [name for name, each in judged.items() if not each.available] == ["run engine"]
+    assert all(each.available for each in judged.values())
     assert "RTX 4090, compute capability 8.9, driver 580.1, 24564 MiB" in judged["build tensorrt"].reason
 
 
-@pytest.mark.parametrize("gpus", [(), (RTX_4090,), (ORIN,)], ids=["none", "rtx", "orin"])
-def test_running_an_engine_is_not_promised(gpus: tuple[LocalGpu, ...]) -> None:
-    names = [name for name in _judged(dict(ALL), *gpus) if name.startswith("run")]
-    judged = _judged(dict(ALL), *gpus)["run engine"]
-    assert (names, judged.available) == (["run engine"], False)
-    assert judged.reason == "this version has no command that runs an engine"
-    assert "with TensorRT itself" in judged.install
+@pytest.mark.parametrize(
+    ("packages", "gpus", "available", "told"),
+    [
+        ({}, (), False, ("no NVIDIA GPU found", "use a machine with one and its driver")),
+        ({}, (RTX_4090,), True, (f"tensorrt-rtx {ALL['tensorrt_rtx']}, tensorrt {ALL['tensorrt']}; RTX 4090", "")),
+        ({}, (ORIN,), True, (f"tensorrt {ALL['tensorrt']}; Orin", "")),
+        ({"tensorrt": None}, (ORIN,), False, ("tensorrt missing", "pip install 'pifa-deploy[tensorrt]'")),
+        (
+            {"tensorrt": None, "tensorrt_rtx": None},
+            (RTX_4090,),
+            False,
+            ("tensorrt_rtx and tensorrt missing", "pip install 'pifa-deploy[rtx]' or 'pifa-deploy[tensorrt]'"),
+        ),
+        ({}, (LocalGpu(name="old", compute_capability="5.2"),), False, ("no TensorRT serves old", "use a machine")),
+    ],
+)
+def test_an_engine_runs_on_a_gpu_that_an_installed_tensorrt_serves(
+    packages: dict[str, None], gpus: tuple[LocalGpu, ...], available: bool, told: tuple[str, str]
+) -> None:
+    judged = _judged({**ALL, **packages}, *gpus)["run engine"]
+    assert judged.available == available
+    assert judged.reason.startswith(told[0])
+    assert judged.install.startswith(told[1])
+    assert bool(judged.install) != available
 
 
 @pytest.mark.parametrize(
