@@ -9,7 +9,7 @@ DEMO_OUT ?= demo-output
 
 help:
 	@echo "make demo       the whole flow on SmolLM2-135M, no GPU needed (about 13 minutes on 2 cores)"
-	@echo "make test       the tests (about 16 minutes on 2 cores)"
+	@echo "make test       the tests (about a quarter of an hour)"
 	@echo "make test-slow  the long checks"
 	@echo "make lint       ruff and mypy"
 	@echo "make plugin     the TensorRT plugin for every GPU that nvcc knows, in plugins/build"
