@@ -19,6 +19,8 @@ from pifa_deploy.importers.assembly import linear_at, skeleton
 from pifa_deploy.roofline import (
     DENSE,
     PIFA,
+    PIFA_FUSED,
+    PIFA_PLAIN,
     SPARSE,
     VARIANTS,
     DecoderBound,
@@ -138,10 +140,10 @@ class Advice:
         """Returns the decoder's bound, None for a variant that this GPU does not run."""
         return next((one for one in self.decoder if (one.variant, one.tokens) == (variant, tokens)), None)
 
-    def speed_up(self, variant: str, tokens: int) -> float | None:
-        """Returns how many times faster than dense a variant can be at most."""
-        one, dense = self.bound(variant, tokens), self.bound(DENSE, tokens)
-        return dense.seconds / one.seconds if one and dense else None
+    def speed_up(self, variant: str, tokens: int, *, over: str = DENSE) -> float | None:
+        """Returns how many times faster than another variant one can be, both at their bounds."""
+        one, other = self.bound(variant, tokens), self.bound(over, tokens)
+        return other.seconds / one.seconds if one and other else None
 
     def to_json(self) -> dict[str, Any]:
         """Returns everything as JSON values."""
@@ -157,6 +159,10 @@ class Advice:
             "limits": self.limits.to_json(),
             "density": self.density,
             "decoder": [{**one.to_json(), "speed_up": self.speed_up(one.variant, one.tokens)} for one in self.decoder],
+            "plugin_speed_up": [
+                {"tokens": count, **{over: self.speed_up(PIFA, count, over=over) for over in (PIFA_PLAIN, PIFA_FUSED)}}
+                for count in self.tokens
+            ],
             "layers": [one.to_json() for one in self.layers],
             "kept": [asdict(one) for one in self.kept],
             "multiples": [one.to_json() for one in self.multiples],

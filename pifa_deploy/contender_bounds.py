@@ -11,12 +11,13 @@ from pifa_deploy.advice import linears_of
 from pifa_deploy.checkpoint import read_config
 from pifa_deploy.gpu_limits import ITEMSIZES, LimitOptions, Limits, limits_of
 from pifa_deploy.importers.assembly import skeleton
-from pifa_deploy.roofline import DENSE, LOW_RANK_RANK, PIFA, SPARSE, Layer, decoder_bound
+from pifa_deploy.roofline import DENSE, LOW_RANK_RANK, PIFA_FUSED, SPARSE, Layer, decoder_bound
 from pifa_deploy.sparse_checkpoint import PATTERN
 from pifa_deploy.targets import Target
 from pifa_deploy.timed_contenders import TimedContender
 
-_VARIANTS = {"dense": DENSE, PATTERN: SPARSE, "lowrank": LOW_RANK_RANK, "pifa": PIFA}
+# The rows of fewest launches: a bound holds for whatever runs the contender.
+_VARIANTS = {"dense": DENSE, PATTERN: SPARSE, "lowrank": LOW_RANK_RANK, "pifa": PIFA_FUSED}
 # No model has more layers; a configuration that claims so is refused before anything is built.
 _MOST_LAYERS = 4096
 

@@ -31,6 +31,9 @@ AGX_ORIN = "NVIDIA Jetson AGX Orin Series technical brief"
 AGX_ORIN_RATE = f"{AGX_ORIN}: half of the 170 TOPS sparse INT8 of the GPU alone"
 ORIN_NX = "NVIDIA Jetson Orin NX Series datasheet"
 ORIN_NX_RATE = f"{ORIN_NX}: half of the 60 TOPS sparse INT8 of the GPU alone"
+ORIN_NX_SUPER = "NVIDIA Jetson Linux, nvpmodel_p3767_0000_super.conf: the GPU at 1173 MHz"
+ORIN_NX_SUPER_RATE = f"{ORIN_NX_SUPER}; {ORIN_NX_RATE} at 918 MHz"
+ORIN_NX_SUPER_FP32 = f"{ORIN_NX_SUPER}: 2 x 1024 cores x 1.173 GHz"
 ORIN_NANO = "NVIDIA Jetson Orin Nano Super Developer Kit datasheet"
 ORIN_NANO_RATE = f"{ORIN_NANO}: half of its 67 TOPS sparse INT8"
 ORIN_NANO_FP32 = f"{ORIN_NANO}: 2 x 1024 cores x 1.02 GHz"
@@ -43,8 +46,13 @@ AGX_XAVIER = "NVIDIA Jetson AGX Xavier Series datasheet"
 XAVIER_NX = "NVIDIA Jetson Xavier NX datasheet"
 RTX_20_LAPTOP = "NVIDIA GeForce RTX 20 laptop product page"
 RTX_30_LAPTOP = "NVIDIA GeForce RTX 30 laptop product page"
+RTX_30_LAPTOP_FP32 = f"{RTX_30_LAPTOP}: 2 x CUDA cores x the highest boost clock"
+RTX_30_LAPTOP_RATE = f"{RTX_30_LAPTOP_FP32}, and twice that as for the GeForces in the {GA102}"
 RTX_40_LAPTOP = "NVIDIA GeForce RTX 40 laptop product page"
+RTX_40_LAPTOP_FP32 = f"{RTX_40_LAPTOP}: 2 x CUDA cores x the highest boost clock"
+RTX_40_LAPTOP_RATE = f"{RTX_40_LAPTOP}: an eighth of its AI TOPS, sparse FP8 with fp16 accumulation"
 RTX_50_LAPTOP = "NVIDIA GeForce RTX 50 laptop announcement"
+RTX_50_LAPTOP_RATE = f"{RTX_50_LAPTOP}: a sixteenth of its AI TOPS, sparse FP4"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +109,16 @@ def _sheet(
     )
 
 
-# Laptops: clocks follow the power limit that a maker chose, and NVIDIA gives neither one rate nor, since RTX 30, the
-# speed of the memory. DGX Spark and Xavier NX: no 16-bit rate of the GPU is published.
+# Laptops: clocks follow the power limit that a maker chose; rates are those of the highest one. NVIDIA gives no speed
+# of their memory since RTX 30. DGX Spark and Xavier NX: no 16-bit rate of the GPU is published. The AI TOPS of desktop
+# GeForces are 8 (RTX 40) and 16 (RTX 50) times the rate that whitepapers give here; so are taken those of laptops.
 DATASHEETS: Mapping[str, Datasheet] = {
     #                                   GB    GB/s  fp16  2:4  fp32 TFLOP/s
     "xavier-nx": _sheet(XAVIER_NX, (8, 59.7, None, None, None)),
     "xavier-agx": _sheet(AGX_XAVIER, (32, 136.5, 11, None, 1.4)),
     "orin-nano": _sheet(ORIN_NANO, (8, 102, 16.75, 33.5, 2.09), rate=ORIN_NANO_RATE, fp32=ORIN_NANO_FP32),
     "orin-nx": _sheet(ORIN_NX, (16, 102.4, 15, 30, 1.88), rate=ORIN_NX_RATE),
+    "orin-nx-super": _sheet(ORIN_NX, (16, 102.4, 19.2, 38.3, 2.4), rate=ORIN_NX_SUPER_RATE, fp32=ORIN_NX_SUPER_FP32),
     "orin-agx": _sheet(AGX_ORIN, (64, 204.8, 42.5, 85, 5.3), rate=AGX_ORIN_RATE),
     "thor": _sheet(THOR, (128, 273, 258.5, 517, 8.06), rate=THOR_RATE, fp32=THOR_FP32),
     "dgx-spark": _sheet(SPARK, (128, 273, None, None, 31), fp32=SPARK_FP32),
@@ -123,11 +133,22 @@ DATASHEETS: Mapping[str, Datasheet] = {
     "rtx5080": _sheet(BLACKWELL, (16, 960, 112.6, 225.1, 56.3)),
     "rtx5090": _sheet(BLACKWELL, (32, 1792, 209.5, 419, 104.8)),
     "rtx2080-laptop": _sheet(RTX_20_LAPTOP, (8, 448, None, None, None)),
-    "rtx3080-laptop": _sheet(RTX_30_LAPTOP, (16, None, None, None, None)),
-    "rtx4060-laptop": _sheet(RTX_40_LAPTOP, (8, None, None, None, None)),
-    "rtx4090-laptop": _sheet(RTX_40_LAPTOP, (16, None, None, None, None)),
-    "rtx5070-laptop": _sheet(RTX_50_LAPTOP, (8, None, None, None, None)),
-    "rtx5090-laptop": _sheet(RTX_50_LAPTOP, (24, None, None, None, None)),
+    "rtx3060-laptop": _sheet(
+        RTX_30_LAPTOP, (6, None, 26.2, 52.3, 13.1), rate=RTX_30_LAPTOP_RATE, fp32=RTX_30_LAPTOP_FP32
+    ),
+    "rtx3080-laptop": _sheet(RTX_30_LAPTOP, (16, None, 42, 84, 21), rate=RTX_30_LAPTOP_RATE, fp32=RTX_30_LAPTOP_FP32),
+    "rtx4060-laptop": _sheet(
+        RTX_40_LAPTOP, (8, None, 29.1, 58.25, 14.6), rate=RTX_40_LAPTOP_RATE, fp32=RTX_40_LAPTOP_FP32
+    ),
+    "rtx4070-laptop": _sheet(
+        RTX_40_LAPTOP, (8, None, 40.1, 80.25, 20), rate=RTX_40_LAPTOP_RATE, fp32=RTX_40_LAPTOP_FP32
+    ),
+    "rtx4090-laptop": _sheet(
+        RTX_40_LAPTOP, (16, None, 85.75, 171.5, 39.7), rate=RTX_40_LAPTOP_RATE, fp32=RTX_40_LAPTOP_FP32
+    ),
+    "rtx5070-laptop": _sheet(RTX_50_LAPTOP, (8, None, 49.9, 99.75, None), rate=RTX_50_LAPTOP_RATE),
+    "rtx5080-laptop": _sheet(RTX_50_LAPTOP, (16, None, 83.4, 166.75, None), rate=RTX_50_LAPTOP_RATE),
+    "rtx5090-laptop": _sheet(RTX_50_LAPTOP, (24, None, 114, 228, None), rate=RTX_50_LAPTOP_RATE),
     "a2": _sheet(A2, (16, 200, 18, 36, 4.5)),
     "l4": _sheet(L4, (24, 300, 121, 242, 30.3)),
     "a6000": _sheet(GA102, (48, 768, 154.8, 309.7, 38.7)),

@@ -8,10 +8,15 @@ time = max(bytes / bandwidth, FLOPs / peak) + launches x overhead, for T tokens,
 | 2:4 | m n / 2, and 2 bits for each kept one | m + n | 1 |
 | low-rank | r (m + n) | m + n + 2 r | 2 |
 | PIFA | P = r (m + n) - r^2 | m + n + r, both products written into the output | 2 |
+| PIFA, plain operators fused | P | as PIFA: what follows reads both products | 2 |
+| PIFA, plain operators | P | 2 m more: Concat, with the Gather in it, passes over the output | 3 |
 | PIFA, scattered | P | 2 m more: rows are moved in a pass of their own | 4 |
 
-FLOPs are 2 T times the weights; 2:4 has those of dense at the sparse rate. Column-form PIFA moves 2 r like low-rank.
-Everything else is left out: attention, norms, cache misses, and tiles that no matrix fills (see `padded_seconds`).
+The first product of layers that read one tensor (q, k, v; gate, up) is one kernel for them all, of dense and 2:4 the
+only one; PIFA as it stands and scattered, which a plugin or a module computes layer by layer, share nothing.
+FLOPs are 2 T times the weights; 2:4 has those of dense at the sparse rate. Column-form PIFA moves 2 r like low-rank,
+and 2 r more for the Add in plain operators. Everything else is left out: attention, norms, cache misses, the 4 m bytes
+of an index in each pass, and tiles that no matrix fills (see `padded_seconds`).
 """
 
 from __future__ import annotations
@@ -28,7 +33,8 @@ from pifa_deploy.gpu_limits import Limits
 DENSE, SPARSE = "dense", "2:4"
 LOW_RANK_DENSITY, LOW_RANK_RANK = "low-rank, same size", "low-rank, same rank"
 PIFA, PIFA_SCATTERED = "pifa", "pifa, scattered"
-VARIANTS = (DENSE, SPARSE, LOW_RANK_DENSITY, LOW_RANK_RANK, PIFA, PIFA_SCATTERED)
+PIFA_FUSED, PIFA_PLAIN = "pifa, plain operators fused", "pifa, plain operators"
+VARIANTS = (DENSE, SPARSE, LOW_RANK_DENSITY, LOW_RANK_RANK, PIFA, PIFA_FUSED, PIFA_PLAIN, PIFA_SCATTERED)
 MAX_TOKENS = 1 << 20
 
 
@@ -42,7 +48,7 @@ class Layer:
         in_features: n.
         rank: of its factors; None: it is dense in every variant.
         column: its PIFA factors are columns, not rows.
-        group: layers of one group read the same tensor and are one kernel where they are dense or 2:4.
+        group: layers of one group read the same tensor, so that builders merge their first products.
     """
 
     name: str
@@ -76,6 +82,7 @@ class Work:
         token_bytes: activations read and written for each token.
         token_flops: for each token.
         launches: kernels.
+        merges: whether the first of them serves all layers of a group.
         sparse: whether the sparse rate applies.
     """
 
@@ -83,6 +90,7 @@ class Work:
     token_bytes: float
     token_flops: float
     launches: int
+    merges: bool = True
     sparse: bool = False
 
     def seconds(self, tokens: int, limits: Limits) -> float:
@@ -117,13 +125,23 @@ def work(layer: Layer, variant: str, itemsize: int) -> Work:
         numbers, between = rank * (m + n), 2 * rank
     else:
         numbers, between = parameter_count(m, n, r), 2 * r if layer.column else r
-    moved = 2 * m if variant == PIFA_SCATTERED else 0
+    passed, passes = _passes(layer, variant)
     return Work(
         weight_bytes=itemsize * numbers,
-        token_bytes=outer + itemsize * (between + moved),
+        token_bytes=outer + itemsize * (between + passed),
         token_flops=2 * numbers,
-        launches=4 if variant == PIFA_SCATTERED else 2,
+        launches=2 + passes,
+        merges=variant not in (PIFA, PIFA_SCATTERED),
     )
+
+
+def _passes(layer: Layer, variant: str) -> tuple[int, int]:
+    """Returns the numbers a token, and the kernels, that move outputs or add partial ones behind the products."""
+    if variant == PIFA_SCATTERED:
+        return 2 * layer.out_features, 2
+    if variant == PIFA_PLAIN:
+        return 2 * (layer.rank or 0) if layer.column else 2 * layer.out_features, 1
+    return 0, 0
 
 
 def layer_seconds(layer: Layer, variant: str, tokens: int, limits: Limits) -> float:
@@ -140,7 +158,7 @@ class DecoderBound:
         tokens: in one pass.
         seconds: the sum over layers.
         weight_bytes: of all layers.
-        launches: kernels; dense and 2:4 layers of one group share one.
+        launches: kernels; layers of one group share the first where `Work.merges`.
         limit: "bandwidth", "compute" or "launches", whichever takes longest.
     """
 
@@ -167,10 +185,8 @@ def decoder_bound(layers: Sequence[Layer], variant: str, tokens: int, limits: Li
     if variant == SPARSE and limits.sparse_peak is None:
         raise ValueError("2:4 was asked of hardware without sparse units")
     works = [work(layer, variant, limits.itemsize) for layer in layers]
-    groups = {layer.group for layer, one in zip(layers, works, strict=True) if one.launches == 1 and layer.group}
-    launches = len(groups) + sum(
-        one.launches for layer, one in zip(layers, works, strict=True) if one.launches > 1 or not layer.group
-    )
+    merged = [layer.group for layer, one in zip(layers, works, strict=True) if one.merges and layer.group]
+    launches = sum(one.launches for one in works) - len(merged) + len(set(merged))
     shares = {"bandwidth": 0.0, "compute": 0.0, "launches": launches * limits.launch_seconds}
     for one in works:
         moving, computing = one.moving(tokens, limits), one.computing(tokens, limits)

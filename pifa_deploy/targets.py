@@ -75,6 +75,7 @@ TARGETS = _targets(
     ("xavier-agx", "Jetson AGX Xavier 32GB", "7.2"),
     ("orin-nano", "Jetson Orin Nano 8GB (Super mode)", "8.7"),
     ("orin-nx", "Jetson Orin NX 16GB", "8.7"),
+    ("orin-nx-super", "Jetson Orin NX 16GB (Super mode)", "8.7"),
     ("orin-agx", "Jetson AGX Orin 64GB", "8.7"),
     ("thor", "Jetson AGX Thor (T5000)", "11.0"),
     ("dgx-spark", "DGX Spark (GB10)", "12.1"),
@@ -89,10 +90,13 @@ TARGETS = _targets(
     ("rtx5080", "GeForce RTX 5080", "12.0"),
     ("rtx5090", "GeForce RTX 5090", "12.0"),
     ("rtx2080-laptop", "GeForce RTX 2080 laptop", "7.5"),
+    ("rtx3060-laptop", "GeForce RTX 3060 laptop", "8.6"),
     ("rtx3080-laptop", "GeForce RTX 3080 laptop 16GB", "8.6"),
     ("rtx4060-laptop", "GeForce RTX 4060 laptop", "8.9"),
+    ("rtx4070-laptop", "GeForce RTX 4070 laptop", "8.9"),
     ("rtx4090-laptop", "GeForce RTX 4090 laptop", "8.9"),
     ("rtx5070-laptop", "GeForce RTX 5070 laptop", "12.0"),
+    ("rtx5080-laptop", "GeForce RTX 5080 laptop", "12.0"),
     ("rtx5090-laptop", "GeForce RTX 5090 laptop", "12.0"),
     ("a2", "A2", "8.6"),
     ("l4", "L4", "8.9"),
@@ -182,6 +186,20 @@ def local_gpus() -> tuple[LocalGpu, ...]:
     if any(gpu.compute_capability is None for gpu in gpus):
         return _jetson_gpu() or gpus
     return gpus or _jetson_gpu()
+
+
+def this_gpu() -> LocalGpu | None:
+    """Returns the GPU that this process and its children take, None without one.
+
+    That is CUDA's current device where torch sees CUDA: CUDA puts its fastest GPU first and obeys CUDA_VISIBLE_DEVICES,
+    nvidia-smi lists by PCI bus and does not. Otherwise it is the first one that `local_gpus` lists.
+    """
+    import torch  # seconds, which those who name GPUs only need not wait
+
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return LocalGpu(name=properties.name, compute_capability=f"{properties.major}.{properties.minor}")
+    return next(iter(local_gpus()), None)
 
 
 def _parse_gpu(line: str) -> LocalGpu:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -145,6 +146,9 @@ def test_the_command_shows_a_table_and_says_that_nothing_was_measured(
     assert "bounds from datasheets, not measurements" in outcome.out
     assert "204.8 GB/s (NVIDIA Jetson AGX Orin Series technical brief)" in outcome.out
     assert all(f"\n{variant} " in outcome.out for variant in ("dense", "2:4", "low-rank, same rank", "pifa", "q_proj"))
+    assert re.search(
+        r"The plugin over plain operators, .*: 1\.\d\d x at 1 \(0\.\d\d x\), 1\.\d\d x at 512 \(", outcome.out
+    )
     last = outcome.out.splitlines()[-1]
     assert last.startswith(f"{checkpoint}: at density 0.4")
     assert "tokens; " in last
@@ -156,17 +160,26 @@ def test_the_json_has_every_bound_and_source(checkpoint: Path, pifa_deploy: Call
     found = json.loads(outcome.out)
     assert found["target"]["name"] == "orin-agx"
     assert found["notice"].startswith("These are bounds from datasheets")
-    assert len(found["decoder"]) == 6 * 3
+    assert len(found["decoder"]) == 8 * 3
     assert len(found["layers"]) == LINEARS
     assert found["target"]["datasheet"]["tensor_tflops"]["source"]
     assert {one["speed_up"] for one in found["decoder"] if one["variant"] == "dense"} == {1}
+    seconds = {(one["variant"], one["tokens"]): one["seconds"] for one in found["decoder"]}
+    for gains in found["plugin_speed_up"]:
+        tokens = gains.pop("tokens")
+        assert gains == {name: seconds[name, tokens] / seconds["pifa", tokens] for name in gains}
+        assert gains["pifa, plain operators fused"] < 1 < gains["pifa, plain operators"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["--target", "rtx4900"], ExitCode.USAGE, r"target 'rtx4900' is unknown; did you mean rtx4090, .*\?$"),
-        (["--target", "rtx4090-laptop"], ExitCode.NOT_DECIDED, r"4090 laptop: .*memory bandwidth .*peak fp16 rate"),
+        (
+            ["--target", "rtx4090-laptop"],
+            ExitCode.NOT_DECIDED,
+            r"4090 laptop: .*memory bandwidth .give --bandwidth GB/s",
+        ),
         (["--target", "xavier-agx", "--dtype", "bf16"], ExitCode.MISFIT, "bf16 needs 8.0"),
         (["--target", "l4", "--density", "0.5"], ExitCode.USAGE, "is factorised already; --density is for a dense"),
         (["--target", "l4", "--tokens", "1,x"], ExitCode.USAGE, "expected token counts such as 1,512,2048"),

@@ -17,6 +17,8 @@ from pifa_deploy.roofline import (
     LOW_RANK_RANK,
     MAX_TOKENS,
     PIFA,
+    PIFA_FUSED,
+    PIFA_PLAIN,
     PIFA_SCATTERED,
     SPARSE,
     VARIANTS,
@@ -104,6 +106,25 @@ def test_the_research_layout_pays_for_its_28_launches() -> None:
     limits = gpu("h200", launch_us=1.27)
     assert decoder_bound(block(PROJECTIONS), PIFA_SCATTERED, 1, limits).launches == 28
     assert speed_up(block(PROJECTIONS), PIFA_SCATTERED, 1, limits) == pytest.approx(1.18, rel=0.04)
+
+
+def test_plain_operators_merge_first_products_and_pass_over_the_outputs() -> None:
+    limits = gpu("rtx4090", launch_us=1.3)
+    shares = {variant: decoder_bound(block(PROJECTIONS), variant, 1, limits) for variant in VARIANTS}
+    # q k v and gate up: one first product each, five second ones; o and down two products each.
+    assert shares[PIFA_FUSED].launches == 2 + 5 + 4
+    assert shares[PIFA_PLAIN].launches == 2 + 5 + 4 + 7
+    assert shares[PIFA_FUSED].seconds == pytest.approx(shares[PIFA].seconds - 3 * 1.3e-6)
+    rows = sum(m for m, _ in PROJECTIONS.values())
+    moved = shares[PIFA_PLAIN].seconds - shares[PIFA_FUSED].seconds - 7 * 1.3e-6
+    assert moved == pytest.approx(2 * rows * 2 / limits.bandwidth)
+
+
+def test_a_layer_of_a_group_that_stays_dense_is_merged_with_the_others() -> None:
+    gate, up = (layer(11008, 4096, name=name) for name in ("gate", "up"))
+    mixed = [replace(gate, rank=None), up]
+    assert decoder_bound(mixed, PIFA_FUSED, 1, gpu()).launches == 2
+    assert decoder_bound(mixed, PIFA, 1, gpu()).launches == 3
 
 
 @pytest.mark.parametrize(
@@ -240,9 +261,11 @@ def test_what_nothing_can_have_is_refused(call: Callable[[], object], message: s
 
 def test_a_missing_figure_is_named_and_can_be_given() -> None:
     with pytest.raises(
-        MissingCapabilityError, match=r"RTX 4090 laptop: .*memory bandwidth \(give --bandwidth.*peak fp16"
+        MissingCapabilityError, match=r"RTX 5090 laptop: .*memory bandwidth \(give --bandwidth.*peak fp32"
     ):
-        gpu("rtx4090-laptop")
+        gpu("rtx5090-laptop", dtype="fp32")
+    with pytest.raises(MissingCapabilityError, match=r"RTX 5090 laptop: .*memory bandwidth \(give --bandwidth GB/s\),"):
+        gpu("rtx5090-laptop")
     with pytest.raises(MissingCapabilityError, match=r"GB10.*peak fp16 rate \(give --peak-tflops") as e:
         gpu("dgx-spark")
     assert "bandwidth" not in str(e.value)

@@ -113,6 +113,7 @@ def test_a_datasheet_says_where_its_figures_stand() -> None:
         ("xavier-agx", 8, 1.377, 1024, 64),
         ("orin-nano", 8, 1.02, 2048, 128),
         ("orin-nx", 8, 0.918, 2048, 128),
+        ("orin-nx-super", 8, 1.173, 2048, 128),
         ("orin-agx", 16, 1.3, 2048, 128),
         ("thor", 20, 1.575, 8192, 128),
         ("rtx2080ti", 68, 1.545, 512, 64),
@@ -125,6 +126,10 @@ def test_a_datasheet_says_where_its_figures_stand() -> None:
         ("rtx5070", 48, 2.512, 512, 128),
         ("rtx5080", 84, 2.617, 512, 128),
         ("rtx5090", 170, 2.407, 512, 128),
+        ("rtx3060-laptop", 30, 1.703, 512, 128),
+        ("rtx3080-laptop", 48, 1.71, 512, 128),
+        ("rtx4060-laptop", 24, 2.37, 512, 128),
+        ("rtx4070-laptop", 36, 2.175, 512, 128),
         ("a2", 10, 1.77, 1024, 128),
         ("l4", 58, 2.04, 1024, 128),
         ("a6000", 84, 1.8, 1024, 128),
@@ -139,6 +144,40 @@ def test_published_rates_are_those_of_the_units_and_their_clock(
     assert sheet.fp32_tflops
     assert sheet.tensor_tflops.value == pytest.approx(units * clock * rate / 1e3, rel=0.025)
     assert sheet.fp32_tflops.value == pytest.approx(2 * units * clock * cores / 1e3, rel=0.015)
+
+
+# Width of the memory bus in bits and Gbit/s of each pin.
+@pytest.mark.parametrize(
+    ("name", "bits", "gbit_s"),
+    [
+        ("xavier-nx", 128, 3.733),
+        ("xavier-agx", 256, 4.267),
+        ("orin-nano", 128, 6.4),
+        ("orin-nx", 128, 6.4),
+        ("orin-nx-super", 128, 6.4),
+        ("orin-agx", 256, 6.4),
+        ("thor", 256, 8.533),
+        ("dgx-spark", 256, 8.533),
+        ("rtx2080ti", 352, 14),
+        ("rtx3060", 192, 15),
+        ("rtx3080", 320, 19),
+        ("rtx3090", 384, 19.5),
+        ("rtx4060", 128, 17),
+        ("rtx4070", 192, 21),
+        ("rtx4090", 384, 21),
+        ("rtx5070", 192, 28),
+        ("rtx5080", 256, 30),
+        ("rtx5090", 512, 28),
+        ("rtx2080-laptop", 256, 14),
+        ("a2", 128, 12.5),
+        ("l4", 192, 12.5),
+        ("a6000", 384, 16),
+    ],
+)
+def test_published_bandwidths_are_those_of_the_bus_and_its_clock(name: str, bits: int, gbit_s: float) -> None:
+    bandwidth = TARGETS[name].datasheet.bandwidth_gb_s
+    assert bandwidth
+    assert bandwidth.value == pytest.approx(bits * gbit_s / 8, rel=0.005)
 
 
 @pytest.mark.parametrize("name", sorted(TARGETS))
