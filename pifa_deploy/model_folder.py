@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -25,7 +26,7 @@ from pifa_deploy.errors import (
 )
 from pifa_deploy.op_spec import DTYPE_FLAGS
 from pifa_deploy.sparse_checkpoint import is_sparse, validate_sparsity
-from pifa_deploy.tokenizer_files import GENERATION_FILE, TOKENIZER_FILES, copy_files
+from pifa_deploy.tokenizer_files import CONFIG_FILE, GENERATION_FILE, TOKENIZER_FILES, copy_files
 
 HUB_PREFIX = "hf:"
 _GGUF_MAGIC = b"GGUF"
@@ -109,6 +110,17 @@ def load_tokenizer(source: Path | str) -> Any:
     place, options = _location(source)
     with _quiet_loading(), _as_refusal(f"tokenizer of {source}"):
         return AutoTokenizer.from_pretrained(place, **options)
+
+
+def hub_commit(source: Path | str) -> str | None:
+    """Returns the commit that a loaded "hf:ORG/NAME" was at, None for another location or where no cache tells.
+
+    transformers 5.23 no longer leaves it in the configuration; the hub's cache names its folders by it.
+    """
+    if not str(source).startswith(HUB_PREFIX):
+        return None
+    found = try_to_load_from_cache(str(source)[len(HUB_PREFIX) :], CONFIG_FILE)
+    return Path(found).parent.name if isinstance(found, str) else None
 
 
 def save_tokenizer(source: Path | str, target: Path) -> bool:

@@ -17,7 +17,6 @@ from pifa_deploy.checkpoint import ModuleSpec
 from pifa_deploy.compression.allocation import (
     Allocation,
     AllocationOptions,
-    LinearShape,
     allocate,
 )
 from pifa_deploy.compression.layer_density import (
@@ -27,6 +26,7 @@ from pifa_deploy.compression.layer_density import (
     owl_densities,
     pooled_outlier_ratio,
 )
+from pifa_deploy.compression.linear_shape import LinearShape
 from pifa_deploy.density import low_rank_rank_for_density, rank_for_density
 
 FORMATS = ("pifa", "lowrank")

@@ -310,6 +310,35 @@ def test_another_model_is_refused(stopped: Path, source: Path, options: Compress
     compress_model(moved, stopped / "out", options)
 
 
+def test_another_commit_of_a_hub_model_is_refused(
+    source: Path, options: CompressOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository, first, second = tmp_path / "hub" / "models--some--model", "a" * 40, "b" * 40
+    for commit in (first, second):
+        shutil.copytree(source, repository / "snapshots" / commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (repository / "refs").mkdir()
+
+    def compress(commit: str, *, stop: bool = False) -> None:
+        (repository / "refs" / "main").write_text(commit)
+
+        def report(layer: LayerReport) -> None:
+            if stop:
+                raise KeyboardInterrupt
+
+        compress_model("hf:some/model", tmp_path / "out", replace(options, method="svd", calibration=()), report=report)
+
+    with pytest.raises(KeyboardInterrupt):
+        compress(first, stop=True)
+    with pytest.raises(
+        MisfitError, match=rf"with model hf:some/model at {first}, now it is hf:some/model at {second};"
+    ):
+        compress(second)
+    compress(first)
+    assert (tmp_path / "out" / "config.json").is_file()
+
+
 def test_another_tokenizer_is_refused(stopped: Path, source: Path, options: CompressOptions, tmp_path: Path) -> None:
     changed = Path(shutil.copytree(source, tmp_path / "changed"))
     state = json.loads((changed / "tokenizer.json").read_text(encoding="utf-8"))

@@ -16,11 +16,12 @@ from torch import nn
 
 from pifa_deploy import __version__
 from pifa_deploy.calibration import CalibrationSet, calibration_set
-from pifa_deploy.compression.allocation import Allocation, LinearShape, allocate
+from pifa_deploy.compression.allocation import Allocation, allocate
 from pifa_deploy.compression.clock import StepClock
 from pifa_deploy.compression.decoder import check_prunable, decoder_layers, linear_shapes
 from pifa_deploy.compression.distributed import Processes, processes
 from pifa_deploy.compression.flow import Flows, open_flows
+from pifa_deploy.compression.linear_shape import LinearShape
 from pifa_deploy.compression.options import METHODS, ActivationOptions, CompressOptions
 from pifa_deploy.compression.pipeline import LayerReport, Pipeline
 from pifa_deploy.compression.reconstruction import ReconstructionOptions
@@ -28,7 +29,7 @@ from pifa_deploy.compression.result import CompressSummary, Result, write_result
 from pifa_deploy.compression.resume import ResumeFolder
 from pifa_deploy.compression.scores import layer_scores
 from pifa_deploy.digest import model_sha256
-from pifa_deploy.model_folder import check_finite, load_model, load_tokenizer, torch_dtype
+from pifa_deploy.model_folder import check_finite, hub_commit, load_model, load_tokenizer, torch_dtype
 from pifa_deploy.output_folder import new_folder
 
 __all__ = [
@@ -157,7 +158,7 @@ def _identity(source: Path | str, options: CompressOptions, calibration: Calibra
         "pifa-deploy": __version__,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "model": model_sha256(place) if place.exists() else str(source),
+        "model": model_sha256(place) if place.exists() else f"{source} at {hub_commit(source)}",
         **kept,
     }
     if calibration is not None:

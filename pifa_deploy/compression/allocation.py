@@ -16,34 +16,11 @@ from typing import TypeVar
 
 from pifa_deploy.checkpoint import FORMATS
 from pifa_deploy.compression.layer_density import effective_rank_densities, largest, owl_densities, spent
+from pifa_deploy.compression.linear_shape import KINDS, LinearShape
 from pifa_deploy.density import low_rank_rank_for_density, parameter_count, rank_for_density
 
-KINDS = ("attention", "mlp")
 LAYER_DENSITIES = ("uniform", "owl", "effective-rank")
 _Key = TypeVar("_Key", int, str)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearShape:
-    """One linear W [out_features, in_features]: module path, decoder layer and "attention" or "mlp"."""
-
-    name: str
-    layer: int
-    kind: str
-    out_features: int
-    in_features: int
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for an unknown kind or an empty matrix."""
-        if self.kind not in KINDS:
-            raise ValueError(f"{self.name}: kind is {self.kind!r}, expected one of {KINDS}")
-        if min(self.out_features, self.in_features) < 1:
-            raise ValueError(f"{self.name}: is {self.out_features} x {self.in_features}, expected at least 1 x 1")
-
-    @property
-    def size(self) -> int:
-        """Numbers in the dense matrix."""
-        return self.out_features * self.in_features
 
 
 @dataclass(frozen=True, kw_only=True)

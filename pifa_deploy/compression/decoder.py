@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pifa_deploy.compression.allocation import LinearShape
+from pifa_deploy.compression.linear_shape import LinearShape
 from pifa_deploy.errors import InputRefusedError, StageFailedError
 from pifa_deploy.sparse_checkpoint import GROUP
 from pifa_deploy.transformers_quantizer import factorised_modules

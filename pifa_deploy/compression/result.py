@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from pifa_deploy.calibration import CalibrationSet
 from pifa_deploy.checkpoint import validate
-from pifa_deploy.compression.allocation import Allocation, LinearShape
+from pifa_deploy.compression.allocation import Allocation
 from pifa_deploy.compression.clock import StepClock
+from pifa_deploy.compression.linear_shape import LinearShape
 from pifa_deploy.compression.options import CompressOptions
 from pifa_deploy.compression.resume import ResumeFolder
 from pifa_deploy.layouts import LayoutSummary, apply_layout

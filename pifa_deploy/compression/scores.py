@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from pifa_deploy.compression.allocation import LinearShape
 from pifa_deploy.compression.decoder import linear_groups
 from pifa_deploy.compression.distributed import Processes
 from pifa_deploy.compression.flow import DENSE, Flows, LayerFlow, resident
 from pifa_deploy.compression.layer_density import effective_rank, pooled_outlier_ratio
+from pifa_deploy.compression.linear_shape import LinearShape
 from pifa_deploy.compression.options import CompressOptions
 from pifa_deploy.compression.statistics import InputMoments
 
