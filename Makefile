@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 DEMO_OUT ?= demo-output
+# Processes that share the tests. Each computes with one thread: the tests' models are too small for more.
+JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 
 .PHONY: help demo test test-slow lint bench-export lean-runtimes plugin gpu-bundle clean
 
@@ -40,7 +42,7 @@ $(LEAN11): $(INSTALLED)
 lean-runtimes: $(LEAN10) $(LEAN11)
 
 test: $(INSTALLED) lean-runtimes
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow
