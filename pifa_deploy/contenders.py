@@ -66,7 +66,7 @@ class Contender:
 
 
 def open_contender(place: str, *, device: str = "cpu") -> Contender:
-    """Loads a checkpoint in fp32 PyTorch, or an ONNX folder in ONNX Runtime on the CPU with as many threads as torch.
+    """Loads a checkpoint in fp32 PyTorch, or an ONNX folder in ONNX Runtime with as many threads as torch.
 
     Args:
         place: what `load_model` takes, or an ONNX folder.
@@ -77,7 +77,7 @@ def open_contender(place: str, *, device: str = "cpu") -> Contender:
         that is no decoder.
     """
     check_runnable(place, device)
-    return _in_onnx_runtime(place) if is_onnx(place) else _in_torch(place, device)
+    return _in_onnx_runtime(place, device) if is_onnx(place) else _in_torch(place, device)
 
 
 def check_runnable(place: str, device: str) -> None:
@@ -85,10 +85,9 @@ def check_runnable(place: str, device: str) -> None:
 
     Raises:
         InputRefusedError: a folder that holds no model.
-        MissingCapabilityError: an engine folder, an ONNX folder asked for on "cuda", or no CUDA device.
+        MissingCapabilityError: an engine folder, or no CUDA device.
     """
-    if is_onnx(place) and device != "cpu":
-        raise MissingCapabilityError(f"{place}: ONNX folders run on the CPU only; use --device cpu")
+    is_onnx(place)  # raises for what is neither
     if device != "cpu" and not torch.cuda.is_available():
         raise MissingCapabilityError(f"torch {torch.__version__} finds no CUDA device; use --device cpu")
 
@@ -177,16 +176,16 @@ def _in_torch(place: str, device: str) -> Contender:
     return Contender(entry=entry, vocabulary=model.get_input_embeddings().num_embeddings, logits=torch_logits(model))
 
 
-def _in_onnx_runtime(place: str) -> Contender:
+def _in_onnx_runtime(place: str, device: str) -> Contender:
     folder = open_folder(place)
     vocabulary = vocabulary_of(folder)
     threads = torch.get_num_threads()
-    runner = OnnxRuntimeRunner(folder, threads=threads)
+    runner = OnnxRuntimeRunner(folder, threads=threads, device=device)
     entry = Entry(
         checkpoint=place,
         kind="onnx",
         runtime="onnxruntime",
-        device="cpu",
+        device=device,
         threads=threads,
         dtype=folder.dtype,
         parameters=onnx_parameters(folder),

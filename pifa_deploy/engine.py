@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from pifa_deploy.build_log import BUILD_LOG, cause, last_lines, met_full_disk, remove_paths
+from pifa_deploy.child_process import exit_status
 from pifa_deploy.digest import file_sha256
+from pifa_deploy.engine_child import INSPECT
 from pifa_deploy.engine_record import ENGINE_JSON, EngineFile, EngineRecord, histogram, layers_in_log, memory_in_log
 from pifa_deploy.errors import (
     BuildError,
@@ -28,10 +29,12 @@ from pifa_deploy.errors import (
     MissingCapabilityError,
     OutputError,
 )
+from pifa_deploy.linear_nodes import named_linears
 from pifa_deploy.onnx_folder import OnnxFolder, external_files, open_folder
 from pifa_deploy.output_folder import new_folder, write_json
 from pifa_deploy.plugin_library import describe_library, messages_in_log, rtx_library_path
-from pifa_deploy.targets import BACKENDS, RTX, RTX_DEFAULT, capabilities, local_gpus
+from pifa_deploy.proof import INSPECTOR_JSON
+from pifa_deploy.targets import BACKENDS, RTX, RTX_DEFAULT, capabilities, this_gpu
 from pifa_deploy.tokenizer_files import CONFIG_FILE, TOKENIZER_FILES, copy_files
 
 ENGINE = "model.engine"
@@ -195,17 +198,16 @@ def _resolve_capabilities(options: BuildOptions) -> tuple[str, ...]:
     asked = capabilities(options.targets, options.compute_capabilities, backend=options.backend)
     if options.backend == RTX:
         return asked or RTX_DEFAULT
-    gpus = local_gpus()
-    if not gpus:
+    gpu = this_gpu()
+    if gpu is None:
         raise MissingCapabilityError(
             "this machine has no NVIDIA GPU, and tensorrt builds on the GPU that it builds for; run the build on the "
             f"target device, or use --backend {RTX}"
         )
-    # nvidia-smi lists by PCI bus, CUDA takes its fastest GPU first: unlike GPUs need CUDA_DEVICE_ORDER=PCI_BUS_ID.
-    found = gpus[0].compute_capability
+    found = gpu.compute_capability
     if found is None:
         raise MissingCapabilityError(
-            f"the driver does not tell the compute capability of {gpus[0].name}, and tensorrt builds for it; update "
+            f"the driver does not tell the compute capability of {gpu.name}, and tensorrt builds for it; update "
             f"the driver, or use --backend {RTX}"
         )
     if asked and asked != (found,):
@@ -231,7 +233,12 @@ def _run_child(spec: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
     with contextlib.ExitStack() as during, log.open("wb") as stream:
         if spec["backend"] == RTX and spec["plugin_library"]:
             environment["LD_LIBRARY_PATH"] = during.enter_context(rtx_library_path())
-        status = _wait(_child_command(folder / _SPEC), cwd=folder, env=environment, stream=stream)
+        command = _child_command(folder / _SPEC)
+        status = exit_status(command, cwd=folder, env=environment, output=stream)
+        if status == 0 and spec["backend"] != RTX:
+            # It was built on the GPU that it is for. The engine is good without it, and loading it may take all memory.
+            exit_status([*command, INSPECT], cwd=folder, env=environment, output=stream)
+            (folder / f"{INSPECTOR_JSON}.partial").unlink(missing_ok=True)
     if status != 0 and met_full_disk(log):
         raise OutputError(
             f"{out} could not be written: the disk filled up during the build (there or where temporary files go); "
@@ -248,17 +255,6 @@ def _run_child(spec: dict[str, Any], folder: Path, out: Path) -> dict[str, Any]:
     log.replace(kept)
     reasons = "".join(f"{line}; " for line in messages_in_log(kept))
     raise BuildError(f"{cause(status)}; {reasons}last lines: {last_lines(kept)}; the whole log is {kept}")
-
-
-def _wait(command: list[str], *, cwd: Path, env: dict[str, str], stream: Any) -> int:
-    """Returns the exit status of a child that does not outlive this call; negative is the signal."""
-    child = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream)
-    try:
-        return child.wait()
-    finally:
-        if child.poll() is None:
-            child.kill()
-            child.wait()
 
 
 def _sparse_weights(options: BuildOptions, source: OnnxFolder) -> bool:
@@ -285,7 +281,11 @@ def _record(
         profiles=(spec["profile"],),
         layers=layers,
         precision_histogram=histogram(layers),
-        network={**result["network"], "modules": sorted(set(result["modules"].values()))},
+        network={
+            **result["network"],
+            "modules": sorted(set(result["modules"].values())),
+            "linears": named_linears(source.model),
+        },
         memory=memory_in_log(log),
         engines=(file,),
         options=options,

@@ -1,4 +1,4 @@
-"""The build process: `python -m pifa_deploy.engine_child SPEC.json`, the only code that builds with TensorRT.
+"""The build process: `python -m pifa_deploy.engine_child SPEC.json [inspect]`, the only code that builds with TensorRT.
 
 It runs alone because a failed assertion in TensorRT aborts the process. Everything that TensorRT says
 goes to standard output at the verbosity that lists the layers of the engine. It writes the engine and a
@@ -27,27 +27,50 @@ from pifa_deploy import op_spec
 from pifa_deploy.onnx_folder import external_files
 from pifa_deploy.onnx_passes import take_tensorrt_bodies
 from pifa_deploy.plugin_library import load_library
+from pifa_deploy.proof import INSPECTOR_JSON
 from pifa_deploy.targets import RTX
 
+INSPECT = "inspect"
 _PR_SET_PDEATHSIG = 1
 _PARSED = Path("parsed")  # in the working directory, gone when the engine is there
 _FUNCTION_NODE = re.compile(rf"\| ([^|\]]+) \((?:{'|'.join(op_spec.FORMS)})\)\]")
 
 
-def main(spec_path: str) -> None:
-    """Builds the engine that a specification describes.
+def main(spec_path: str, task: str = "") -> None:
+    """Builds the engine that a specification describes, or inspects it.
 
     Args:
         spec_path: JSON object with "backend", "onnx" (path), "profile" (input -> min, opt, max),
             "compute_capabilities" (RTX only), "tf32", "sparse_weights", "plugin_library" (path or null),
             "engine" and "result" (files to write).
+        task: INSPECT for the latter.
     """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     # Polygraphy reads this once, when it is imported.
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if spec["backend"] == RTX else "0"
+    if task == INSPECT:
+        return inspect(spec)
     result = build(spec)
     Path(spec["result"]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def inspect(spec: dict[str, Any]) -> None:
+    """Writes inspector.json: what EngineInspector tells of a built engine, for which its GPU has to be there.
+
+    https://docs.nvidia.com/deeplearning/tensorrt/latest/inference-library/engine-tools.html
+    """
+    from polygraphy.backend.trt import EngineFromBytes
+
+    trt = importlib.import_module("tensorrt_rtx" if spec["backend"] == RTX else "tensorrt")
+    if spec["plugin_library"]:
+        load_library(trt, spec["plugin_library"])
+    engine = EngineFromBytes(Path(spec["engine"]).read_bytes())()
+    told = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    # The process may die of what the engine takes in memory: half a file must not bear the name.
+    partial = Path(f"{INSPECTOR_JSON}.partial")
+    partial.write_text(told, encoding="utf-8")
+    partial.replace(INSPECTOR_JSON)
 
 
 def build(spec: dict[str, Any]) -> dict[str, Any]:
@@ -118,7 +141,13 @@ def _config(spec: dict[str, Any], trt: Any) -> Any:
     for name, points in spec["profile"].items():
         profile.add(name, min=tuple(points["min"]), opt=tuple(points["opt"]), max=tuple(points["max"]))
     if spec["backend"] != RTX:
-        return CreateConfig(profiles=[profile], tf32=spec["tf32"], sparse_weights=spec["sparse_weights"])
+        return CreateConfig(
+            profiles=[profile],
+            tf32=spec["tf32"],
+            sparse_weights=spec["sparse_weights"],
+            # Without it EngineInspector knows the names of layers only.
+            profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
+        )
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
     pairs = [tuple(map(int, capability.split("."))) for capability in spec["compute_capabilities"]]
@@ -132,4 +161,4 @@ def _config(spec: dict[str, Any], trt: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -9,17 +9,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from pifa_deploy.decoder_step import PAST, StepLimits
 from pifa_deploy.digest import file_sha256
 from pifa_deploy.engine_record import EngineRecord, read_engine_json
 from pifa_deploy.errors import InputRefusedError, MisfitError, MissingCapabilityError, first_line
 from pifa_deploy.plugin_library import describe_library, find_library
-from pifa_deploy.targets import RTX, TENSORRT, LocalGpu, backends_for, local_gpus
+from pifa_deploy.targets import RTX, TENSORRT, LocalGpu, backends_for, this_gpu
 
 MODULES = {RTX: "tensorrt_rtx", TENSORRT: "tensorrt"}
 _EXTRAS = {RTX: "pifa-deploy[rtx]", TENSORRT: "pifa-deploy[tensorrt]"}
+# TX1, TX2, Xavier, Orin, T239, Thor (10.1 until CUDA 13).
+_TEGRA = {(5, 3), (6, 2), (7, 2), (8, 7), (8, 8), (10, 1), (11, 0)}
 _SIZES = {"max_batch_size": 1, "max_input_len": 512, "max_cache_len": 512}
 
 
@@ -37,19 +37,13 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """Returns this machine, its GPU the one that torch takes.
+    """Returns this machine.
 
     Raises:
         MissingCapabilityError: a TensorRT library is installed and does not load.
     """
-    gpu = None
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        gpu = LocalGpu(name=properties.name, compute_capability=f"{properties.major}.{properties.minor}")
-    elif found := local_gpus():
-        gpu = found[0]
     versions = {backend: _installed(module) for backend, module in MODULES.items()}
-    return Machine(gpu=gpu, versions={backend: version for backend, version in versions.items() if version})
+    return Machine(gpu=this_gpu(), versions={backend: version for backend, version in versions.items() if version})
 
 
 def check_fit(folder: Path | str, machine: Machine, *, plugin_library: Path | None = None) -> EngineRecord:
@@ -218,17 +212,23 @@ def _check_plugin(record: EngineRecord, folder: Path, machine: Machine, given: P
         )
     capability = _capability(folder, record, machine)
     if not _has_code(library.architectures, capability):
+        build = ["pifa-deploy", "plugin", "build", str(path.parent), "--archs", capability.replace(".", "")]
         raise MisfitError(
             f"{path} holds code for {', '.join(library.architectures)}, this GPU has compute capability {capability}; "
-            f"run: pifa-deploy plugin build {path.parent} --architectures {capability.replace('.', '')}"
+            f"run: {shlex.join(build)}"
         )
 
 
 def _has_code(architectures: tuple[str, ...], capability: str) -> bool:
-    """Whether a GPU runs code for one of these: that of its own major version, or the newest one's PTX."""
+    """Whether a GPU runs code for one of these: its own, that of its major version, or the newest one's PTX.
+
+    A binary runs on later GPUs of its major version on the desktop only; it runs on no Tegra but its own, and a Tegra's
+    on nothing else (CUDA C++ Programming Guide, "Binary Compatibility").
+    """
     own = tuple(map(int, capability.split(".")))
     compiled = [(int(name[:-1]), int(name[-1])) for name in architectures]
-    same = any(major == own[0] and minor <= own[1] for major, minor in compiled)
+    desktop = [one for one in compiled if one not in _TEGRA] if own not in _TEGRA else []
+    same = own in compiled or any(major == own[0] and minor <= own[1] for major, minor in desktop)
     return same or (bool(compiled) and max(compiled) <= own)
 
 

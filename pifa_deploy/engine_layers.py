@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pifa_deploy.checkpoint import read_json_object
-from pifa_deploy.engine_record import EngineRecord
+from pifa_deploy.engine_record import DATA_TYPES, DATATYPE, EngineRecord
 from pifa_deploy.errors import InputRefusedError
 
 NOT_PICKED = "2:4, not picked"
@@ -35,8 +35,9 @@ _OPAQUE = re.compile(r"ForeignNode|myelin$|trainstation", re.IGNORECASE)
 _LOG_LAYER = re.compile(
     r"^\s+Name: (?P<name>.+?), LayerType: (?P<type>[^,]+), Inputs: (?P<inputs>.*?)(?:, Constants: |, Outputs: )"
 )
-_DATATYPE = re.compile(r"Datatype: (\w+)")
-_WORD = re.compile(r"\b(FP32|FP16|BF16|FP8|FP4|INT8|INT4|Float|Half|BFloat16|Int8|Int4)\b", re.IGNORECASE)
+# "node_linear_3", or "node of a function body | node that calls it (type)".
+_SOURCE = re.compile(r"\[ONNX Layer: (?:[^\]|]* \| )*([^\]|]+?)(?: \([^()\]]*\))?\]")
+_WORD = re.compile(rf"\b({DATA_TYPES})\b", re.IGNORECASE)
 _ELIGIBLE = re.compile(
     r"\(Sparsity\) (?:Found (\d+) layer\(s\) eligible to use sparse tactics|Layers eligible for sparse math)(.*)"
 )
@@ -137,12 +138,32 @@ def layers_in_build_log(log: str, modules: Mapping[str, tuple[str, ...]]) -> tup
             ProvenLayer(
                 name=name,
                 type=found["type"],
-                precision=_widest(_DATATYPE.findall(found["inputs"]), _DATATYPE.findall(outputs)),
+                precision=_widest(DATATYPE.findall(found["inputs"]), DATATYPE.findall(outputs)),
                 sources=max(line.count("[ONNX Layer: "), 1),
                 modules=modules.get(name, ()),
             )
         )
     return tuple(layers)
+
+
+def modules_of_layers(log: str, nodes: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Returns layer -> the linears whose time it is, by what a verbose build log says of its origin.
+
+    These are the linears of its ONNX nodes where it multiplies matrices or computes nothing else: a kernel that only
+    moves a linear's outputs on their way through attention is attention's.
+
+    Args:
+        log: text of the build log.
+        nodes: node of the ONNX graph -> linear; a call of a PIFA operator is named after its module.
+    """
+    found = {}
+    kinds = {layer.name: layer for layer in layers_in_build_log(log, {})}
+    for match in filter(None, map(_LOG_LAYER.match, log.splitlines())):
+        owners = [nodes.get(source) for source in _SOURCE.findall(match.string)]
+        modules = tuple(dict.fromkeys(owner for owner in owners if owner))
+        if modules and (kinds[match["name"]].multiplies or None not in owners):
+            found[match["name"]] = modules
+    return found
 
 
 def layers_in_inspector(file: Path, modules: Mapping[str, tuple[str, ...]]) -> tuple[ProvenLayer, ...]:

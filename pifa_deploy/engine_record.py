@@ -28,7 +28,9 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CAPABILITY = re.compile(r"\d{1,2}\.\d")
 _LAYER = re.compile(r"^\s+Name: (?P<name>.+?), LayerType: (?P<type>[^,]+), Inputs: (?P<rest>.*)$")
 _NUMBERING = re.compile(r"(_U\d+)?_myl\d+_\d+$")
-_DATATYPE = re.compile(r"Datatype: (\w+)")
+DATA_TYPES = "FP32|FP16|BF16|FP8|FP4|INT8|INT4|INT32|INT64|UINT8|Float|Half|BFloat16|Bool"
+# "Datatype: Half", or in words as "Format/Datatype: Row major linear FP16 format".
+DATATYPE = re.compile(rf"Datatype: (?:[^,\]}}]*?\b(?=(?:{DATA_TYPES})\b))?(\w+)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,8 @@ class EngineRecord:
         profiles: per profile, input name -> {"min", "opt", "max"} -> dimensions.
         layers: the engine's layers in order of execution, as the build log lists them.
         precision_histogram: output data type -> number of engine layers.
-        network: the parsed network before optimisation: "layers", "precision_histogram" and "modules", the names of
-            all PIFA modules.
+        network: the parsed network before optimisation: "layers", "precision_histogram", "modules", the names of
+            all PIFA modules, and "linears", ONNX node -> linear layer of the model.
         memory: bytes that the build log states: "activations", "weights", "scratch".
         engines: the engine files.
         options: the build options, without paths.
@@ -189,7 +191,7 @@ def layers_in_log(log: str, modules: Mapping[str, str] | None = None) -> tuple[E
     """
     layers = []
     for found in filter(None, map(_LAYER.match, log.splitlines())):
-        types = _DATATYPE.findall(found["rest"].partition("Outputs: [")[2])
+        types = DATATYPE.findall(found["rest"].partition("Outputs: [")[2])
         parts = [_NUMBERING.sub("", part) for part in found["name"].split("+")]
         layers.append(
             EngineLayer(

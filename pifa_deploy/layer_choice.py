@@ -262,12 +262,12 @@ def _on_gpu(layer: FactorisedLinear) -> dict[str, Prepared]:
 
 
 def _has_kernels() -> bool:
-    from pifa_deploy.errors import PifaDeployError
+    """Whether there is a library of the plugin; raises InputMissingError where one is named that is not there."""
     from pifa_deploy.plugin_library import find_library
 
     try:
         find_library()
-    except PifaDeployError:
+    except MissingCapabilityError:
         return False
     return True
 

@@ -15,6 +15,8 @@ from onnx_ir.tensor_adapters import TorchTensor
 from torch import nn
 from tqdm import tqdm
 
+from pifa_deploy.engine import BuildOptions, build_engines
+from pifa_deploy.engine_record import EngineRecord
 from pifa_deploy.graph_cut import CutGraph
 from pifa_deploy.layer_forms import balanced_pair
 from pifa_deploy.layouts import low_rank_pair
@@ -64,6 +66,31 @@ def low_rank_twin(model: nn.Module, folder: OnnxFolder) -> Iterator[OnnxFolder |
         ir.save(edited, place / MODEL_FILE, external_data=DATA_FILE, max_workers=1)
         saved = onnx.load(place / MODEL_FILE, load_external_data=False)
         yield OnnxFolder(path=place, model=saved, manifest={"dtype": folder.dtype})
+
+
+def build_twin_engine(twin: OnnxFolder, record: EngineRecord) -> Path:
+    """Builds the engine of a twin as another engine was built, in the twin's folder; returns its folder.
+
+    It has no plugin: the twin has no PIFA layers. With the plugin in the other engine the two still differ in nothing
+    but how the same functions are stored and computed.
+
+    Args:
+        twin: what `low_rank_twin` yields.
+        record: of the engine that it is the twin of: backend, GPUs, sizes, TF32 and leave for sparse kernels.
+
+    Raises:
+        As `build_engines`.
+    """
+    names = ("max_batch_size", "max_input_len", "max_cache_len", "tf32")
+    options = BuildOptions(
+        backend=record.backend,
+        compute_capabilities=record.compute_capabilities,
+        sparsity="enable" if record.sparse_weights else "disable",
+        **{name: record.options[name] for name in names if name in record.options},
+    )
+    place = twin.path / "engine"
+    build_engines(twin.path, place, options)
+    return place
 
 
 def _pair_nodes(model: ir.Model, path: str, layer: PivotLinear, *, x: ir.Value, dtype: torch.dtype) -> list[ir.Node]:

@@ -135,6 +135,7 @@ class GateResult:
     value: float
     limit: float
     passed: bool | None
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,14 +213,14 @@ def _summed_up(name: str, rows: dict[str, FloatRows]) -> Difference:
     )
 
 
-def judge(overall: Difference, gates: Gates, *, low_rank: Difference | None = None) -> Verdict:
+def judge(overall: Difference, gates: Gates, *, low_rank: Difference | str | None = None) -> Verdict:
     """Decides whether a measured difference is acceptable.
 
     Args:
         overall: the candidate's figures.
         gates: the limits.
-        low_rank: figures of the low-rank product in the same dtype, None where there is no such thing
-            (a dense model); its gates are then left out.
+        low_rank: figures of the low-rank product in the same dtype and runtime; None where there is no such thing
+            (a dense model): its gates are then left out; why there are none: its gate is then not decided.
     """
     results = [GateResult(name="finite", value=float(overall.finite), limit=1.0, passed=overall.finite)]
     if gates.mean_kl is not None:
@@ -231,7 +232,10 @@ def judge(overall: Difference, gates: Gates, *, low_rank: Difference | None = No
         results.append(at_most("p999_kl", overall.p999_kl, gates.p999_kl))
     if gates.delta_nll is not None and (overall.delta_nll is not None or not overall.finite):
         results.append(at_most("delta_nll", _size(overall), gates.delta_nll))
-    if gates.low_rank_ratio is not None and low_rank is not None:
+    if gates.low_rank_ratio is not None and isinstance(low_rank, str):
+        limit = gates.low_rank_ratio
+        results.append(GateResult(name="low_rank_ratio", value=math.nan, limit=limit, passed=None, reason=low_rank))
+    elif gates.low_rank_ratio is not None and isinstance(low_rank, Difference):
         results += _against_low_rank(overall, low_rank, gates.low_rank_ratio, floor=gates.kl_floor or 0.0)
     return Verdict(gates=tuple(results))
 

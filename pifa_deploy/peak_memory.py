@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from pifa_deploy.child_process import end_with_parent, exit_status
 from pifa_deploy.errors import StageFailedError
 from pifa_deploy.timed_contenders import RunOptions, drawn_step, open_timed
 
@@ -53,15 +56,19 @@ def measure_memory(
     """
     request = json.dumps({"place": place, "steps": list(steps), "options": asdict(options)})
     command = [sys.executable, "-m", "pifa_deploy.peak_memory", request]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-    except subprocess.TimeoutExpired:
-        raise StageFailedError(f"{place}: measuring its memory took more than {timeout_s:g} s, and was ended") from None
-    lines = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
-    if done.returncode != 0 or not lines:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
+    with _new_file() as printed, _new_file() as errors:
+        try:
+            status = exit_status(command, output=printed, errors=errors, timeout_s=timeout_s)
+        except subprocess.TimeoutExpired:
+            raise StageFailedError(
+                f"{place}: measuring its memory took more than {timeout_s:g} s, and was ended"
+            ) from None
+        said, complaints = (_whole(stream) for stream in (printed, errors))
+    lines = [line for line in said.splitlines() if line.startswith(_RESULT)]
+    if status != 0 or not lines:
+        last = (complaints.strip().splitlines() or ["no message"])[-1]
         raise StageFailedError(
-            f"{place}: the process that measures its memory ended with status {done.returncode}: {last[:300]}; "
+            f"{place}: the process that measures its memory ended with status {status}: {last[:300]}; "
             "it may need more memory than there is, leave out --memory"
         )
     return PeakMemory(**json.loads(lines[-1].removeprefix(_RESULT)))
@@ -71,6 +78,15 @@ def status_bytes(status: str, field: str) -> int:
     """Returns a figure of /proc/PID/status, such as VmHWM; 0 where there is none."""
     found = re.search(rf"^{field}:\s+(\d+) kB$", status, re.MULTILINE)
     return int(found[1]) * 1024 if found else 0
+
+
+def _new_file() -> IO[str]:
+    return tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+
+
+def _whole(stream: IO[str]) -> str:
+    stream.seek(0)
+    return stream.read()
 
 
 def _main(request: dict[str, Any]) -> PeakMemory:
@@ -102,5 +118,6 @@ def _resident(field: str) -> int:
 
 
 if __name__ == "__main__":
+    end_with_parent(signal.SIGKILL)  # it writes nothing that a clean-up would have to remove
     result = _main(json.loads(sys.argv[1]))
     sys.stdout.write(f"{_RESULT}{json.dumps(asdict(result))}\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from pifa_deploy.decoder_step import PAST, PRESENT, FloatArray, Step, StepLimits, filled_cache
 from pifa_deploy.engine_fit import MODULES, Machine, check_fit, check_shapes, step_limits, this_machine
+from pifa_deploy.engine_profile import layer_clock
 from pifa_deploy.engine_record import EngineRecord
 from pifa_deploy.errors import MissingCapabilityError, StageFailedError, first_line
 from pifa_deploy.plugin_library import find_library, load_library
@@ -126,6 +128,26 @@ class TensorRTRunner:
 
         return PreparedCall(run, stream=self._stream, cuda_graph=cuda_graph and not own)
 
+    def layer_times(self, step: Step, launches: int) -> list[dict[str, float]]:
+        """Returns for each launch: layer of the engine -> milliseconds, by TensorRT's own profiler.
+
+        Raises:
+            MisfitError, StageFailedError: as `step`.
+        """
+        context = self._new_context(steady=True)
+        context.profiler = clock = layer_clock(self._trt)
+        with torch.cuda.stream(self._stream):
+            feeds = {**self._ids(step), **filled_cache(self.input_shapes(), step, self.device)}
+            held = self._bound(context, feeds)
+        found = []
+        for _ in range(launches):
+            # `enqueue_emits_profile` is on by default: the times are reported before this returns.
+            self._enqueue(context)
+            self._stream.synchronize()
+            found.append(clock.take())
+        del held
+        return found
+
     def load_cache(self, past: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """See TensorRunner."""
         wanted = [name for name in self._dtypes if name.startswith(f"{PAST}.")]
@@ -213,8 +235,11 @@ class TensorRTRunner:
             raise StageFailedError(f"{self.folder}: TensorRT could not run the step ({self._log.take()})")
 
 
+@functools.cache
 def error_log(trt: Any) -> Any:
     """Returns a TensorRT logger that keeps errors: `take()` gives them as one line and forgets them.
+
+    There is one for each module: TensorRT keeps the first logger of a process for much of what it says later.
 
     Args:
         trt: the module `tensorrt` or `tensorrt_rtx`.

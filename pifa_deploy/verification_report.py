@@ -50,12 +50,18 @@ class LogitFigures:
     Attributes:
         cases: the candidate's figures, case by case.
         overall: over all positions.
-        low_rank: of the low-rank product in the same dtype and runtime; None for a dense model, or when nobody asked.
+        low_rank: of the low-rank product in the same dtype and runtime; None for a dense model, or when nobody asked;
+            why there is none where it could not be had.
     """
 
     cases: tuple[Difference, ...]
     overall: Difference
-    low_rank: Difference | None
+    low_rank: Difference | str | None
+
+    @property
+    def floor(self) -> Difference | None:
+        """The figures of the low-rank product, where there are any."""
+        return self.low_rank if isinstance(self.low_rank, Difference) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +74,7 @@ class Measured:
         source: the checkpoint against what it was made from.
         operators: each PIFA layer alone.
         logits: the model on text.
+        device: where the fp32 reference ran for the logits, and ONNX Runtime.
     """
 
     dtype: str
@@ -75,6 +82,7 @@ class Measured:
     source: SourceWeights | None = None
     operators: tuple[OperatorFigures, ...] | None = None
     logits: LogitFigures | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,8 +118,10 @@ class VerifyReport:
             "schema": SCHEMA,
             "passed": self.verdict.passed,
             "dtype": self.dtype,
+            "device": self.measured.device,
             **figures,
-            "low_rank": json_figures(logits.low_rank) if logits and logits.low_rank else None,
+            "low_rank": json_figures(logits.floor) if logits and logits.floor else None,
+            "low_rank_missing": logits.low_rank if logits and isinstance(logits.low_rank, str) else None,
             "levels": _levels(self.measured),
             "bisection": self.bisection.to_json() if self.bisection else None,
             "gates": asdict(self.gates),
@@ -131,7 +141,7 @@ def _levels(measured: Measured) -> dict[str, Any]:
     if measured.operators is not None:
         levels["operators"] = {"modules": [json_figures(module) for module in measured.operators]}
     if measured.logits:
-        low_rank = measured.logits.low_rank
+        low_rank = measured.logits.floor
         overall = json_figures(measured.logits.overall)
         levels["logits"] = {"overall": overall, "low_rank": json_figures(low_rank) if low_rank else None}
     return levels
@@ -204,6 +214,7 @@ def _measured(value: Mapping[str, Any]) -> Measured:
         source=source and _source(source),
         operators=None if operators is None else tuple(_operator(module) for module in operators["modules"]),
         logits=logits and _logits(value),
+        device=str(value.get("device", "cpu")),
     )
 
 
@@ -226,7 +237,7 @@ def _logits(value: Mapping[str, Any]) -> LogitFigures:
     return LogitFigures(
         cases=tuple(map(difference_from_json, _list(value["cases"]))),
         overall=difference_from_json(value["overall"]),
-        low_rank=difference_from_json(value["low_rank"]) if value["low_rank"] else None,
+        low_rank=difference_from_json(value["low_rank"]) if value["low_rank"] else value.get("low_rank_missing"),
     )
 
 

@@ -15,17 +15,20 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import torch
 from decoder_fixtures import dense_decoder
 from onnx import TensorProto, helper, numpy_helper
 from sparse_fixtures import save_sparse
 
-from pifa_deploy import engine, op_spec
+from pifa_deploy import engine, op_spec, targets
 from pifa_deploy.engine import BuildOptions, build_engines, input_dimensions, profile_shapes
+from pifa_deploy.engine_fit import this_machine
 from pifa_deploy.engine_record import (
     EngineRecord,
     read_engine_json,
@@ -280,12 +283,26 @@ def test_the_tensorrt_path_is_the_same_code_with_the_other_module(
     (stand_in / "tensorrt.py").write_text("from tensorrt_rtx import *\n__version__ = '10.14.1'\n")
     monkeypatch.syspath_prepend(stand_in)
     monkeypatch.setenv("PYTHONPATH", str(stand_in))
-    monkeypatch.setattr(engine, "local_gpus", lambda: (LocalGpu(name="L4", compute_capability="8.9"),))
+    monkeypatch.setattr(engine, "this_gpu", lambda: LocalGpu(name="L4", compute_capability="8.9"))
     options = BuildOptions(backend="tensorrt", targets=("l4",), sparsity="enable")
     record = build_engines(toy, toy.parent / "engine", options)
     assert "SPARSE_WEIGHTS" in _flags(toy.parent / "engine")
     assert (record.backend, record.version, record.compute_capabilities) == ("tensorrt", "10.14.1", ("8.9",))
     assert record.network["layers"] > 0
+    if not torch.cuda.is_available():
+        # EngineInspector wants the GPU that the engine is for: the engine is there all the same.
+        assert "Could not deserialize engine" in (toy.parent / "engine" / "build.log").read_text()
+        assert not [name for name in _names(toy.parent / "engine") if name.startswith("inspector.json")]
+
+
+@pytest.mark.tensorrt
+def test_all_that_is_asked_of_the_inspector_is_there() -> None:
+    # It runs on a GPU only: names are checked against the installed bindings.
+    trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'pifa-deploy[rtx]'")
+    assert hasattr(trt.ICudaEngine, "create_engine_inspector")
+    assert hasattr(trt.EngineInspector, "get_engine_information")
+    assert hasattr(trt.LayerInformationFormat, "JSON")
+    assert hasattr(trt.ProfilingVerbosity, "DETAILED")
 
 
 def _flags(folder: Path) -> str:
@@ -561,25 +578,33 @@ def test_without_the_builder_the_machine_is_named_and_the_cure(toy: Path, monkey
 
 def test_tensorrt_builds_only_for_the_gpu_that_is_here(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_require_builder", lambda backend: None)
-    monkeypatch.setattr(engine, "local_gpus", tuple)
+    monkeypatch.setattr(engine, "this_gpu", lambda: None)
     with pytest.raises(MissingCapabilityError, match=r"no NVIDIA GPU.*on the target device"):
         build_engines(toy, toy.parent / "engine", BuildOptions(backend="tensorrt", targets=("orin-nano",)))
-    monkeypatch.setattr(engine, "local_gpus", lambda: (LocalGpu(name="L4", compute_capability="8.9"),))
+    monkeypatch.setattr(engine, "this_gpu", lambda: LocalGpu(name="L4", compute_capability="8.9"))
     with pytest.raises(MisfitError, match=r"has compute capability 8\.9, asked for 8\.7"):
         build_engines(toy, toy.parent / "engine", BuildOptions(backend="tensorrt", targets=("orin-nano",)))
 
 
-def test_tensorrt_builds_for_the_first_gpu_of_the_list(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensorrt_builds_for_the_gpu_that_runs_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     gpus = (LocalGpu(name="RTX 3090", compute_capability="8.6"), LocalGpu(name="B200", compute_capability="10.0"))
-    monkeypatch.setattr(engine, "local_gpus", lambda: gpus)
+    monkeypatch.setattr(targets, "local_gpus", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert engine._resolve_capabilities(BuildOptions(backend="tensorrt")) == ("8.6",)
     assert engine._resolve_capabilities(BuildOptions(backend="tensorrt", targets=("rtx3090",))) == ("8.6",)
     with pytest.raises(MisfitError, match=r"has compute capability 8\.6, asked for 10\.0"):
         engine._resolve_capabilities(BuildOptions(backend="tensorrt", targets=("b200",)))
+    # CUDA_VISIBLE_DEVICES=1: nvidia-smi lists both all the same.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    second = SimpleNamespace(name="B200", major=10, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", {0: second}.__getitem__)
+    assert engine._resolve_capabilities(BuildOptions(backend="tensorrt")) == ("10.0",)
+    assert this_machine().gpu == LocalGpu(name="B200", compute_capability="10.0")
 
 
 def test_a_gpu_of_unknown_capability_is_told_from_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "local_gpus", lambda: (LocalGpu(name="GRID K1", compute_capability=None),))
+    monkeypatch.setattr(engine, "this_gpu", lambda: LocalGpu(name="GRID K1", compute_capability=None))
     with pytest.raises(MissingCapabilityError, match=r"does not tell the compute capability of GRID K1.*update"):
         engine._resolve_capabilities(BuildOptions(backend="tensorrt"))
 

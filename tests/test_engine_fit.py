@@ -21,6 +21,7 @@ import torch
 from cli_fixtures import Outcome
 
 from pifa_deploy import engine_fit, tensorrt_runner
+from pifa_deploy.cli import plugin
 from pifa_deploy.cli.make import build_command
 from pifa_deploy.decoder_step import Step, StepLimits
 from pifa_deploy.engine_fit import (
@@ -72,9 +73,12 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def parsed(command: str) -> dict[str, Any]:
     """Returns what the command line makes of a command, so that a wrong flag is an error."""
-    program, name, *arguments = shlex.split(command)
-    assert (program, name) == ("pifa-deploy", "build")
-    return dict(build_command.make_context("build", arguments, resilient_parsing=False).params)
+    program, *arguments = shlex.split(command)
+    assert program == "pifa-deploy"
+    nested = arguments[:2] == ["plugin", "build"]
+    assert nested or arguments[0] == "build"
+    parser = plugin.build_command if nested else build_command
+    return dict(parser.make_context("build", arguments[1 + nested :], resilient_parsing=False).params)
 
 
 def advised(error: pytest.ExceptionInfo[MisfitError]) -> dict[str, Any]:
@@ -211,21 +215,38 @@ class TestPlugins:
 
     def test_the_plugin_has_no_code_for_the_gpu(self, folder: Path, record: EngineRecord, library: Path) -> None:
         edit(folder, lambda value: value["engines"][0].update(compute_capabilities=["7.5"]))
-        with pytest.raises(
-            MisfitError, match=r"holds code for 80, 86, 90, this GPU has .*7\.5; run: .*architectures 75"
-        ):
+        with pytest.raises(MisfitError, match=r"holds code for 80, 86, 90, this GPU has .*7\.5; run: ") as error:
             check_fit(folder, machine("7.5", **{RTX: record.version}), plugin_library=library)
+        asked = advised(error)
+        assert (asked["out"], asked["archs"]) == (library.parent, "75")
 
 
 @pytest.mark.parametrize(
     ("capability", "runs"),
-    [("8.6", True), ("8.7", True), ("8.9", True), ("9.0", True), ("12.0", True), ("7.5", False), ("8.0", True)],
+    [("8.6", True), ("8.7", False), ("8.9", True), ("9.0", True), ("12.0", True), ("7.5", False), ("8.0", True)],
 )
 def test_code_runs_on_its_own_major_version_and_the_newest_on_later_gpus(capability: str, runs: bool) -> None:
     assert _has_code(("80", "86", "90"), capability) == runs
     assert not _has_code(("86", "90"), "8.0")
     assert not _has_code(("90", "120"), "10.0")
     assert not _has_code((), "8.0")
+
+
+@pytest.mark.parametrize(
+    ("compiled", "capability", "runs"),
+    [
+        (("80", "87", "90"), "8.7", True),
+        (("80", "86"), "8.7", True),  # PTX of the newest
+        (("87", "90"), "8.9", False),  # nor does the desktop run a Tegra's
+        (("80", "87"), "8.9", True),
+        (("72", "80"), "7.5", False),
+        (("110", "120"), "11.0", True),
+        (("100", "120"), "11.0", False),
+        (("120",), "12.1", True),
+    ],
+)
+def test_a_tegra_runs_its_own_code_or_ptx_only(compiled: tuple[str, ...], capability: str, runs: bool) -> None:
+    assert _has_code(compiled, capability) == runs
 
 
 def shapes_of(record: EngineRecord, *, batch: int = 1, tokens: int = 1, past: int = 0) -> dict[str, tuple[int, ...]]:
@@ -337,6 +358,8 @@ def test_all_that_is_asked_of_tensorrt_is_there() -> None:
 def test_the_log_keeps_errors_and_forgets_them_once_told() -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'pifa-deploy[rtx]'")
     log, levels = error_log(trt), trt.ILogger.Severity
+    log.take()
+    assert error_log(trt) is log  # TensorRT tells the first one what concerns the engines of others too
     log.log(levels.INFO, "working")
     log.log(levels.WARNING, "slow")
     log.log(levels.ERROR, "out of\n memory")

@@ -16,7 +16,7 @@ import torch
 from cli_fixtures import Outcome, save_dense
 from torch import nn
 
-from pifa_deploy import onnx_passes
+from pifa_deploy import layer_choice, onnx_passes
 from pifa_deploy.column_linear import PifaColumnLinear
 from pifa_deploy.compression import CompressOptions, compress_model
 from pifa_deploy.errors import InputMissingError, InputRefusedError, MisfitError, MissingCapabilityError
@@ -31,6 +31,7 @@ from pifa_deploy.linear import LowRankLinear, PifaLinear
 from pifa_deploy.model_folder import load_model
 from pifa_deploy.onnx_export import ExportOptions, export_checkpoint
 from pifa_deploy.onnx_folder import open_folder
+from pifa_deploy.plugin_library import LIBRARY_VARIABLE
 from pifa_deploy.runners import OnnxRuntimeRunner, Step, TorchRunner
 from pifa_deploy.transformers_quantizer import factorised_modules
 
@@ -203,6 +204,17 @@ def test_a_plan_that_does_not_fit_is_refused(
     with pytest.raises(error, match=pattern):
         export_checkpoint(checkpoint, tmp_path / "onnx", ExportOptions(dtype="fp32", plan=file))
     assert not (tmp_path / "onnx").exists()
+
+
+def test_a_plugin_library_that_is_named_and_not_there_is_no_absent_plugin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pifa_deploy.plugin_library.SOURCE", tmp_path)  # no build of the checkout
+    monkeypatch.delenv(LIBRARY_VARIABLE, raising=False)
+    assert not layer_choice._has_kernels()
+    monkeypatch.setenv(LIBRARY_VARIABLE, str(tmp_path / "libother.so"))
+    with pytest.raises(InputMissingError, match=r"libother\.so \(from PIFA_PLUGIN_LIBRARY\): no such plugin library"):
+        layer_choice._has_kernels()
 
 
 def test_what_cannot_be_chosen_for_is_refused(checkpoint: Path, tmp_path: Path) -> None:

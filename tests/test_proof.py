@@ -12,6 +12,7 @@ from test_engine_record import RECORD, _write
 
 from pifa_deploy.cli.main import run
 from pifa_deploy.engine_layers import NOT_PICKED, sparse_tactics
+from pifa_deploy.engine_record import layers_in_log
 from pifa_deploy.errors import InputRefusedError
 from pifa_deploy.inspection import inspect_path
 from pifa_deploy.proof import PRECISIONS, ProofGates, judge_proof, prove
@@ -51,6 +52,18 @@ def test_a_half_precision_engine_passes_though_its_factors_are_float_constants(t
     found = prove(tmp_path).to_json()
     assert (found["precisions"], found["matrix_precisions"]) == ({"Half": 1, "Float": 1}, {"Half": 1})
     assert (found["layers"], found["fused_layers"], found["source"]) == (2, 1, "build.log")
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [("Row major linear FP16 format", "FP16"), ("Channel major INT8 format where channel % 4 == 0", "INT8")],
+)
+def test_a_log_that_has_the_data_type_in_words_is_understood(tmp_path: Path, words: str, found: str) -> None:
+    line = log_line("a", "gemm", words, words).replace("Datatype", "Format/Datatype").replace(", Format: f", "")
+    assert decision(engine(tmp_path, line), precision="fp16") == (True, f"1 {found}", "")
+    assert [layer.precision for layer in layers_in_log(line)] == [found]
+    wide = line.replace(words, "Row major linear FP32")
+    assert decision(engine(tmp_path, wide), precision="fp16")[:2] == (False, "1 FP32")
 
 
 @pytest.mark.parametrize(

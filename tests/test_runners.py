@@ -174,6 +174,7 @@ class TestOnGpu:
         call.launch()
         call.wait()
         assert call.gpu_ms() > 0
+        assert not call.waits
 
 
 def test_an_unknown_device_is_refused(onnx_folder: Path) -> None:

@@ -29,6 +29,13 @@ _REASONS = 5
     "--plugin", "plugin_library", type=click.Path(path_type=Path), help="Library of the engine's plugin layers."
 )
 @click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    help="Of the fp32 reference's logits, and of ONNX Runtime; an engine runs on its GPU.",
+)
+@click.option(
     "--level",
     "levels",
     multiple=True,
@@ -93,7 +100,7 @@ def _verify(onnx: Path, asked: dict[str, float], json_path: Path | None, options
     judged = chosen.engine or onnx
     with console.stage(f"verify {judged}"):
         report = verify_folder(onnx, reference, chosen)
-    outcome = "equals" if report else "does NOT equal"
+    outcome = {True: "equals", False: "does NOT equal", None: "is not decided against"}[report.verdict.passed]
     return _shown(report, f"{judged}: {report.dtype} {outcome} {reference}", json_path)
 
 
@@ -103,7 +110,9 @@ def _shown(report: VerifyReport, closing: str, json_path: Path | None) -> int:
             click.echo(text)
     for gate in report.verdict.gates:
         mark = {True: "passed", False: "FAILED", None: "not decided"}[gate.passed]
-        click.echo(f"{mark} {gate.name}: {console.number(gate.value)}, limit {console.number(gate.limit)}", err=True)
+        why = f" ({gate.reason})" if gate.reason else ""
+        found = f"{console.number(gate.value)}, limit {console.number(gate.limit)}"
+        click.echo(f"{mark} {gate.name}: {found}{why}", err=True)
     for reason in _reasons(report):
         click.echo(reason, err=True)
     console.summary(closing, json_path)
@@ -143,8 +152,8 @@ def _reasons(report: VerifyReport) -> list[str]:
 
 def _logit_table(logits: LogitFigures) -> str:
     shown = [*logits.cases, logits.overall]
-    if logits.low_rank:
-        shown.append(replace(logits.low_rank, name="low-rank, same dtype"))
+    if logits.floor:
+        shown.append(replace(logits.floor, name="low-rank, same dtype"))
     rows = [
         (case.name, case.positions, case.max_abs, 1 - case.cosine, case.mean_kl, case.p999_kl, case.top1)
         for case in shown
@@ -169,13 +178,13 @@ def evaluate_command(
     """Perplexity and speed of CHECKPOINTS on texts, side by side.
 
     Takes dense, PIFA, low-rank and 2:4 checkpoints, which run in fp32 PyTorch, and ONNX folders, which run in ONNX
-    Runtime on the CPU. The first one is what the others are held against.
+    Runtime. The first one is what the others are held against.
     """
     from pifa_deploy.evaluation import EvaluateOptions
     from pifa_deploy.evaluation_report import evaluate_all
 
     models = console.named(checkpoints, str)
-    report = evaluate_all(models, _labelled(text), EvaluateOptions(**options), stage=console.stage)
+    report = evaluate_all(models, labelled_texts(text), EvaluateOptions(**options), stage=console.stage)
     if not console.result({**report.to_json(), "command": console.command_line()}, json_path):
         return
     click.echo(_evaluation_table(report))
@@ -187,7 +196,7 @@ def evaluate_command(
         click.echo(line)
 
 
-def _labelled(texts: tuple[str, ...]) -> dict[str, Path]:
+def labelled_texts(texts: tuple[str, ...]) -> dict[str, Path]:
     """Returns label -> file of FILE and LABEL=FILE arguments; raises ValueError for a label that is empty or twice."""
     found: dict[str, Path] = {}
     for text in texts:

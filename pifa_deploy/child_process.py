@@ -1,0 +1,96 @@
+"""A child process that does not outlive its parent's wait for it, whatever ends the wait."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import signal
+import subprocess
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+def exit_status(
+    command: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    env: Mapping[str, str] | None = None,
+    output: IO[Any],
+    errors: IO[Any] | int = subprocess.STDOUT,
+    timeout_s: float | None = None,
+    grace_s: float = 0.0,
+) -> int:
+    """Runs a command to its end and returns its exit status; negative is the signal that ended it.
+
+    Args:
+        command: program and arguments.
+        cwd: working directory; this process' own when None.
+        env: the whole environment; this process' own when None.
+        output: takes what it prints.
+        errors: takes what it prints to standard error; `output` does if left out.
+        timeout_s: longest wait.
+        grace_s: where something ends the wait, seconds that the child has from SIGTERM to SIGKILL; without any it is
+            killed at once. With grace the child has a session of its own: Ctrl-C at a terminal would reach it
+            besides, a second signal that ends its clean-up.
+
+    Raises:
+        OSError: the program cannot be started.
+        subprocess.TimeoutExpired: the wait was too long.
+    """
+    child = None
+    try:
+        with _interrupts_deferred():
+            child = subprocess.Popen(
+                command,
+                cwd=cwd,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                start_new_session=grace_s > 0,
+            )
+        return child.wait(timeout_s)
+    finally:
+        if child is not None:
+            _end(child, grace_s)
+
+
+def end_with_parent(number: signal.Signals) -> None:
+    """Has this process sent a signal when the thread that started it ends, in whatever way (prctl(2); Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def _end(child: subprocess.Popen[Any], grace_s: float) -> None:
+    try:
+        if grace_s > 0 and child.poll() is None:
+            child.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(grace_s)
+    finally:  # also where a second signal cuts the grace short
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+
+
+@contextlib.contextmanager
+def _interrupts_deferred() -> Iterator[None]:
+    """Lets SIGINT and SIGTERM take effect at the end: one that cuts `Popen` short leaves a child nobody knows of."""
+    came: list[tuple[int, FrameType | None]] = []
+    main = threading.current_thread() is threading.main_thread()
+    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
+    # Signals that are ignored or end the process stay so, in the child too.
+    before = {number: handler for number, handler in found.items() if callable(handler)}
+    for number in before:
+        signal.signal(number, lambda number, frame: came.append((number, frame)))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for struck, frame in came:
+        before[signal.Signals(struck)](struck, frame)
