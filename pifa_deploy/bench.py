@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -13,10 +13,13 @@ from pifa_deploy.bench_report import BenchGates, BenchReport, Case, Row, Size
 from pifa_deploy.contender_bounds import BoundOptions, bounds_ms
 from pifa_deploy.energy import Meter, counter_meter, joules_per_launch, rail_meter
 from pifa_deploy.environment import LoadMeter, this_environment
-from pifa_deploy.gpu_state import GpuState, gpu_reader
+from pifa_deploy.gpu_state import GpuState, gpu_processes, gpu_reader
 from pifa_deploy.latency import ClockOptions, Laps, measure
+from pifa_deploy.layer_profile import LayerProfile, check_layers, layer_times
 from pifa_deploy.peak_memory import measure_memory
-from pifa_deploy.runners import TimedCall
+from pifa_deploy.proof import Proof, prove
+from pifa_deploy.runners import Step, TimedCall
+from pifa_deploy.targets import BACKENDS
 from pifa_deploy.timed_contenders import RunOptions, TimedContender, drawn_step, open_timed
 from pifa_deploy.timing_statistics import speed_up
 
@@ -42,6 +45,7 @@ class BenchOptions:
         bounds: what to bound by.
         gates: what has to hold.
         memory: measure each contender's memory in a process of its own.
+        layers: profile each contender by linear layer.
     """
 
     prefill: tuple[int, ...] = (128, 512)
@@ -54,6 +58,7 @@ class BenchOptions:
     bounds: BoundOptions = field(default_factory=BoundOptions)
     gates: BenchGates = field(default_factory=BenchGates)
     memory: bool = False
+    layers: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value outside its range."""
@@ -82,7 +87,8 @@ class BenchOptions:
     def to_json(self) -> dict[str, Any]:
         """Returns the options as JSON values, device and threads as chosen."""
         run = {**asdict(self.run), "device": self.run.chosen_device, "threads": self.run.chosen_threads}
-        rest = {name: getattr(self, name) for name in ("prefill", "decode", "batch", "baseline", "fixed", "memory")}
+        names = ("prefill", "decode", "batch", "baseline", "fixed", "memory", "layers")
+        rest = {name: getattr(self, name) for name in names}
         return {
             **rest,
             "run": run,
@@ -101,18 +107,22 @@ def run_bench(places: Mapping[str, str], options: BenchOptions, stage: Stage) ->
         stage: context manager that shows what is under way.
 
     Raises:
-        As `open_timed`; ValueError for a name that is no contender, or contenders that lack in common what `fixed`
-        says.
+        As `open_timed` and `prove`; ValueError for a name that is no contender, contenders that lack in common what
+        `fixed` says, or gates on engines where there is none.
     """
     baseline = _baseline(places, options)
+    seen = gpu_processes()
     with stage(f"load {', '.join(places)}"):
         contenders = tuple(open_timed(name, place, options.run) for name, place in places.items())
     if options.fixed is not None:
         check_fixed(contenders, options.fixed)
     for one in contenders:
         one.check_sizes(options.prefill, options.decode)
+        if options.layers:
+            check_layers(one)
+    proofs = _proofs(contenders, options.gates)
     environment = this_environment()
-    cases = _cases(contenders, options, stage)
+    cases = _cases(contenders, options, stage, seen=seen)
     memory = {}
     for one in contenders:
         with stage(f"memory of {one.name}") if options.memory else contextlib.nullcontext():
@@ -126,7 +136,17 @@ def run_bench(places: Mapping[str, str], options: BenchOptions, stage: Stage) ->
         fixed=options.fixed,
         cases=cases,
         gates=options.gates,
+        layers=_layers(contenders, options, stage) if options.layers else None,
+        proofs=proofs,
     )
+
+
+def _proofs(contenders: Sequence[TimedContender], gates: BenchGates) -> dict[str, Proof]:
+    """Returns what each engine among the contenders contains; raises ValueError where gates ask and there is none."""
+    found = {one.name: prove(one.path) for one in contenders if one.runtime in BACKENDS}
+    if gates.proof.asked and not found:
+        raise ValueError("--require-precision, --require-plugin and --require-sparse ask about engines; name one")
+    return found
 
 
 def check_fixed(contenders: Sequence[TimedContender], fixed: str) -> None:
@@ -184,21 +204,23 @@ def _baseline(places: Mapping[str, str], options: BenchOptions) -> str:
 
 
 @contextlib.contextmanager
-def _gpu(options: BenchOptions) -> Iterator[Look | None]:
+def _gpu(options: BenchOptions, seen: Collection[int] | None) -> Iterator[Look | None]:
     """Yields what looks at the GPU, None where the contenders run on the CPU."""
     if options.run.chosen_device == "cpu":
         yield None
         return
-    with gpu_reader() as look:
+    with gpu_reader(processes_before=seen) as look:
         yield look
 
 
-def _cases(contenders: Sequence[TimedContender], options: BenchOptions, stage: Stage) -> tuple[Case, ...]:
+def _cases(
+    contenders: Sequence[TimedContender], options: BenchOptions, stage: Stage, *, seen: Collection[int] | None
+) -> tuple[Case, ...]:
     # Bounds first: a figure that nobody publishes is refused before anything is timed.
     tokens = [size.batch * size.tokens for size in options.sizes]
     bounds = {one.name: bounds_ms(one, tokens, options.bounds) for one in contenders}
     cases = []
-    with _gpu(options) as look:
+    with _gpu(options, seen) as look:
         for place, size in enumerate(options.sizes):
             with stage(size.label):
                 case = _case(contenders, size, options, look=look)
@@ -207,10 +229,14 @@ def _cases(contenders: Sequence[TimedContender], options: BenchOptions, stage: S
     return tuple(cases)
 
 
-def _case(contenders: Sequence[TimedContender], size: Size, options: BenchOptions, *, look: Look | None) -> Case:
+def _step(contenders: Sequence[TimedContender], size: Size) -> Step:
     # The same tokens for all, so of the smallest vocabulary.
     vocabulary = min((one.vocabulary for one in contenders if one.vocabulary), default=1)
-    step = drawn_step(size.tokens, size.past, batch=size.batch, vocabulary=vocabulary)
+    return drawn_step(size.tokens, size.past, batch=size.batch, vocabulary=vocabulary)
+
+
+def _case(contenders: Sequence[TimedContender], size: Size, options: BenchOptions, *, look: Look | None) -> Case:
+    step = _step(contenders, size)
     with ExitStack() as stack:
         calls: dict[str, TimedCall] = {}
         for one in contenders:
@@ -249,6 +275,15 @@ def _rows(
             speed_up=speed_up(base, laps[one.name].round_ms, seed=options.clock.seed),
             joules=joules[one.name],
         )
+
+
+def _layers(contenders: Sequence[TimedContender], options: BenchOptions, stage: Stage) -> LayerProfile:
+    steps, meter = [_step(contenders, size) for size in options.sizes], LoadMeter()
+    found = {}
+    for one in contenders:
+        with stage(f"layers of {one.name}"):
+            found[one.name] = layer_times(one, steps, threads=options.run.chosen_threads)
+    return LayerProfile(times=found, load=meter.read(), on_gpu=options.run.chosen_device != "cpu")
 
 
 def _memory(contender: TimedContender, options: BenchOptions) -> dict[str, int | None]:

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pifa_deploy.environment import Environment, Load
-from pifa_deploy.gpu_state import GpuState
+from pifa_deploy.gpu_state import GpuState, held_down
 from pifa_deploy.latency import Laps
+from pifa_deploy.layer_profile import LayerProfile
+from pifa_deploy.proof import Proof, ProofDecision, ProofGates, judge_proofs
 from pifa_deploy.timed_contenders import TimedContender
 from pifa_deploy.timing_statistics import SpeedUp, TimeStatistics, time_statistics
 
@@ -17,8 +19,6 @@ SCHEMA = 1
 UNSTABLE_CV = 0.025
 # Fewer rounds give an interval that is narrower than it says (tests/test_timing_statistics.py).
 FEW_ROUNDS = 10
-# Processors that others may keep busy before a measurement on a CPU is called disturbed.
-BUSY_CPUS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,9 +85,7 @@ class Row:
     @property
     def bound_fraction(self) -> float | None:
         """Bound relative to the measured time: 1 is the limit of the hardware."""
-        if self.bound_ms is None:
-            return None
-        return self.bound_ms / (self.gpu_compute or self.latency).median
+        return None if self.bound_ms is None else self.bound_ms / (self.gpu_compute or self.latency).median
 
     def to_json(self) -> dict[str, Any]:
         """Returns the figures as JSON values; inputs and outputs stay on the device, so that copies have no time."""
@@ -96,8 +94,7 @@ class Row:
             "latency_ms": self.latency.to_json(),
             "gpu_compute_ms": self.gpu_compute.to_json() if self.gpu_compute else None,
             "enqueue_ms": self.enqueue.to_json() if self.enqueue else None,
-            "h2d_ms": None,
-            "d2h_ms": None,
+            **dict.fromkeys(("h2d_ms", "d2h_ms")),
             "tokens_per_s": self.tokens_per_s,
             "joules_per_token": None if self.joules is None else self.joules / self.tokens,
             "speed_up": self.speed_up.to_json(),
@@ -144,10 +141,12 @@ class BenchGates:
     Attributes:
         speed_up: contender -> least speed-up in every case; the lower end of the interval has to reach it.
         max_spread: largest coefficient of variation; decides only where a speed-up is asked for, else it is a warning.
+        proof: what every engine among the contenders must contain.
     """
 
     speed_up: Mapping[str, float] = field(default_factory=dict)
     max_spread: float | None = None
+    proof: ProofGates = field(default_factory=ProofGates)
 
     def __post_init__(self) -> None:
         """Raises ValueError for a limit that is not positive."""
@@ -179,6 +178,8 @@ class BenchReport:
         fixed: what compressed contenders have in common: "density", "rank" or None.
         cases: the sizes.
         gates: what has to hold.
+        layers: where the time goes, None where it was not asked for.
+        proofs: contender -> what it contains, for engines.
     """
 
     environment: Environment
@@ -189,19 +190,22 @@ class BenchReport:
     fixed: str | None
     cases: tuple[Case, ...]
     gates: BenchGates
+    layers: LayerProfile | None = None
+    proofs: Mapping[str, Proof] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return self.passed is not False
 
     @property
-    def decisions(self) -> tuple[Decision, ...]:
+    def decisions(self) -> tuple[Decision | ProofDecision, ...]:
         """Every gate."""
-        return judge(self.cases, self.gates)
+        return (*judge(self.cases, self.gates), *judge_proofs(self.proofs, self.gates.proof))
 
     @property
     def passed(self) -> bool | None:
-        """Whether every gate holds; None where there is none."""
-        return all(one.passed for one in self.decisions) if self.decisions else None
+        """Whether every gate holds; None where there is none, or none fails and one is not decided."""
+        found = {one.passed for one in self.decisions}
+        return False if False in found else None if None in found or not found else True
 
     def to_json(self) -> dict[str, Any]:
         """Returns everything as JSON values."""
@@ -210,20 +214,22 @@ class BenchReport:
             "schema": SCHEMA,
             "environment": {**self.environment.to_json(), "clocks": self._clocks()},
             "options": dict(self.options),
-            "contenders": [{**one.to_json(), "memory": dict(self.memory[one.name])} for one in self.contenders],
+            "contenders": [
+                {**one.to_json(), "memory": dict(self.memory[one.name]), "proof": proof and proof.to_json()}
+                for one, proof in ((one, self.proofs.get(one.name)) for one in self.contenders)
+            ],
             "baseline": self.baseline,
             "fixed": self.fixed,
             "cases": [case.to_json(self.gates.max_spread) for case in self.cases],
+            "layers": self.layers.to_json([case.size.label for case in self.cases]) if self.layers else [],
             "decisions": [asdict(one) for one in self.decisions],
             "passed": self.passed,
         }
 
     def _clocks(self) -> dict[str, int | None] | None:
         """Returns the GPU's clocks after the first case, None without a GPU."""
-        state = self.cases[0].after
-        if state is None:
-            return None
-        return {name: getattr(state, name) for name in ("sm_mhz", "memory_mhz", "max_sm_mhz")}
+        state, names = self.cases[0].after, ("sm_mhz", "memory_mhz", "max_sm_mhz")
+        return None if state is None else {name: getattr(state, name) for name in names}
 
 
 def judge(cases: tuple[Case, ...], gates: BenchGates) -> tuple[Decision, ...]:
@@ -263,12 +269,8 @@ def warnings_of(case: Case, max_spread: float | None) -> tuple[str, ...]:
 
 def _disturbances(case: Case) -> list[str]:
     found, after = [], case.after
-    if after is not None and after.slowdowns:
-        found.append(f"the GPU held its clocks down: {', '.join(after.slowdowns)}")
+    if after is not None and (reasons := held_down(case.before, after)):
+        found.append(f"the GPU held its clocks down: {', '.join(reasons)}")
     if case.before is not None and case.before.other_processes:
         found.append(f"{case.before.other_processes} other processes use the GPU")
-    if after is None and (case.load.other_cpus or 0) > BUSY_CPUS:
-        found.append(f"busy machine: other processes used {case.load.other_cpus:.2f} CPUs meanwhile")
-    if (case.load.stolen_cpus or 0) > BUSY_CPUS:
-        found.append(f"the hypervisor took {case.load.stolen_cpus:.2f} CPUs away meanwhile")
-    return found
+    return [*found, *case.load.disturbances(on_gpu=after is not None)]

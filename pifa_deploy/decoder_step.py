@@ -78,10 +78,16 @@ class Runner(Protocol):
 
 
 class TimedCall(Protocol):
-    """One decoder step made ready to run again and again: its inputs and outputs lie where the runtime wants them."""
+    """One decoder step made ready to run again and again: its inputs and outputs lie where the runtime wants them.
+
+    Attributes:
+        waits: whether `launch` returns when the work is done, and not when it is queued.
+    """
+
+    waits: bool
 
     def launch(self) -> None:
-        """Starts the step: on a GPU it returns when the work is queued, on a CPU when it is done."""
+        """Starts the step."""
         ...
 
     def wait(self) -> None:

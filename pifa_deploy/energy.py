@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from pifa_deploy.gpu_state import GpuState
-from pifa_deploy.jetson import TEGRASTATS, PowerLog
+from pifa_deploy.jetson import TEGRASTATS, TegrastatsLog
 from pifa_deploy.runners import TimedCall
 
 # Returns the joules that are used while something runs; None where nothing measures them.
@@ -30,7 +30,7 @@ def rail_meter(command: Sequence[str] = TEGRASTATS) -> Meter:
 
     def joules(work: Callable[[], None]) -> float | None:
         try:
-            with PowerLog(command) as log:
+            with TegrastatsLog(command) as log:
                 start = time.perf_counter()
                 work()
                 return log.energy_j(start, time.perf_counter())

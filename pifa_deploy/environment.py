@@ -20,6 +20,8 @@ _MEMINFO = Path("/proc/meminfo")
 # Of the first line of /proc/stat: user, nice, system, idle, iowait, irq, softirq, steal (proc(5)).
 _BUSY = (0, 1, 2, 5, 6)
 _STEAL = 7
+# Processors that others may keep busy before a measurement on a CPU is called disturbed.
+BUSY_CPUS = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,15 @@ class Load:
     load_average: float | None
     other_cpus: float | None
     stolen_cpus: float | None
+
+    def disturbances(self, *, on_gpu: bool = False) -> list[str]:
+        """Returns what makes times that were measured meanwhile doubtful; busy processors do not disturb a GPU."""
+        found = []
+        if not on_gpu and (self.other_cpus or 0) > BUSY_CPUS:
+            found.append(f"busy machine: other processes used {self.other_cpus:.2f} CPUs meanwhile")
+        if (self.stolen_cpus or 0) > BUSY_CPUS:
+            found.append(f"the hypervisor took {self.stolen_cpus:.2f} CPUs away meanwhile")
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields as JSON values."""

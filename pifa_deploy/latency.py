@@ -81,7 +81,7 @@ class Laps:
 
     @property
     def enqueue_ms(self) -> list[float] | None:
-        """Enqueue time of every launch, None on a CPU."""
+        """Enqueue time of every launch; None on a CPU and where a launch waits for the GPU."""
         return _all_or_none([lap.enqueue_ms for laps in self.rounds for lap in laps])
 
     @property
@@ -155,7 +155,7 @@ def _lap(call: TimedCall) -> Lap:
     call.wait()
     done = time.perf_counter()
     gpu_ms = call.gpu_ms()
-    enqueue_ms = None if gpu_ms is None else (queued - started) * 1e3
+    enqueue_ms = None if gpu_ms is None or call.waits else (queued - started) * 1e3
     return Lap(latency_ms=(done - started) * 1e3, enqueue_ms=enqueue_ms, gpu_compute_ms=gpu_ms)
 
 
@@ -180,6 +180,8 @@ class Timing:
 
 class _Plain:
     """A plain function as a timed call: it returns when its work is done."""
+
+    waits = True
 
     def __init__(self, function: Callable[[], object]) -> None:
         self._function = function

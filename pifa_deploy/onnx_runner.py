@@ -34,7 +34,15 @@ _NO_GRAPH = "-1"
 class OnnxRuntimeRunner:
     """An ONNX folder in ONNX Runtime; the cache is input name -> tensor on the device."""
 
-    def __init__(self, folder: OnnxFolder, *, threads: int = 0, device: str = "cpu", cuda_graph: bool = False) -> None:
+    def __init__(
+        self,
+        folder: OnnxFolder,
+        *,
+        threads: int = 0,
+        device: str = "cpu",
+        cuda_graph: bool = False,
+        trace: str | None = None,
+    ) -> None:
         """Loads the graph.
 
         Args:
@@ -42,6 +50,8 @@ class OnnxRuntimeRunner:
             threads: intra-op threads; 0 leaves the choice to ONNX Runtime.
             device: "cpu" or "cuda".
             cuda_graph: let ONNX Runtime capture timed steps; it decides so for a whole session.
+            trace: write down every node that runs: `session.end_profiling()` returns the file, whose name starts so.
+                Then the graph is `folder.model`, which need not be that of the file, with the weights of the folder.
 
         Raises:
             MissingCapabilityError: ONNX Runtime or its part for the device is not there, or it has no kernel for an
@@ -57,7 +67,8 @@ class OnnxRuntimeRunner:
         self._graph_ids = itertools.count(1)
         options = _cuda_options(cuda_graph) if device == "cuda" else {}
         self._stream = options.pop("stream", None)
-        self.session = _session(folder.model_path, threads, (_PROVIDERS[device], options))
+        traced = None if trace is None else (trace, folder.model.SerializeToString())
+        self.session = _session(folder.model_path, threads, (_PROVIDERS[device], options), traced=traced)
         self._inputs = {value.name: value for value in self.session.get_inputs()}
         self._outputs = {value.name: value for value in self.session.get_outputs()}
         self._cache_names = [name for name in self._inputs if name.startswith(f"{PAST}.")]
@@ -89,7 +100,8 @@ class OnnxRuntimeRunner:
         def run(held: tuple[Any, ...] = (feeds, results)) -> None:  # the binding knows addresses only
             self._run(binding, options)
 
-        return PreparedCall(run, stream=self._stream)
+        # The replay of a graph waits for the GPU (onnxruntime/core/providers/cuda/cuda_graph.cc).
+        return PreparedCall(run, stream=self._stream, waits=self._cuda_graph)
 
     def empty_cache(self, batch: int) -> dict[str, torch.Tensor]:
         """Returns a cache of no positions."""
@@ -190,7 +202,9 @@ def _cuda_options(cuda_graph: bool) -> dict[str, Any]:
     }
 
 
-def _session(path: Path, threads: int, provider: tuple[str, dict[str, str]]) -> Any:
+def _session(
+    path: Path, threads: int, provider: tuple[str, dict[str, str]], *, traced: tuple[str, bytes] | None = None
+) -> Any:
     try:
         import onnxruntime
     except ImportError as error:
@@ -203,11 +217,9 @@ def _session(path: Path, threads: int, provider: tuple[str, dict[str, str]]) -> 
             f"ONNX Runtime {version} has no {provider[0]}, only {', '.join(onnxruntime.get_available_providers())}; "
             "pip install 'pifa-deploy[gpu]' in place of [cpu]"
         )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = threads
+    options = _session_options(path, threads, traced)
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        session = onnxruntime.InferenceSession(traced[1] if traced else str(path), options, providers=[provider])
     except Exception as error:
         reason = first_line(error)
         if "NOT_IMPLEMENTED" in reason:
@@ -223,6 +235,18 @@ def _session(path: Path, threads: int, provider: tuple[str, dict[str, str]]) -> 
     check_provider(session.get_providers(), provider[0])
     session.disable_fallback()
     return session
+
+
+def _session_options(path: Path, threads: int, traced: tuple[str, bytes] | None) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    if traced is not None:
+        options.enable_profiling, options.profile_file_prefix = True, traced[0]
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+    return options
 
 
 def check_provider(found: list[str], asked: str) -> None:

@@ -7,8 +7,8 @@ The sources, best first: inspector.json in the engine folder (what TensorRT's En
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,11 @@ class ProofGates:
         if self.precision is not None and self.precision not in PRECISIONS:
             raise ValueError(f"required precision is {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
 
+    @property
+    def asked(self) -> bool:
+        """Whether anything must be there."""
+        return self.precision is not None or self.plugin or self.sparse
+
 
 @dataclass(frozen=True, kw_only=True)
 class ProofDecision:
@@ -142,6 +147,21 @@ def judge_proof(proof: Proof, gates: ProofGates) -> tuple[ProofDecision, ...]:
     if gates.sparse:
         decisions.append(_judge_sparse(proof.sparsity))
     return tuple(decisions)
+
+
+def judge_proofs(proofs: Mapping[str, Proof], gates: ProofGates) -> tuple[ProofDecision, ...]:
+    """Decides about several engines, whose names the decisions bear.
+
+    The plugin is asked of those with PIFA modules, sparse kernels of those built with leave to use them; each of all
+    engines where there is none of these.
+    """
+    factorised = {name for name, proof in proofs.items() if proof.modules != ()} or set(proofs)
+    sparse = {name for name, proof in proofs.items() if proof.sparsity.allowed} or set(proofs)
+    found: list[ProofDecision] = []
+    for name, proof in proofs.items():
+        asked = replace(gates, plugin=gates.plugin and name in factorised, sparse=gates.sparse and name in sparse)
+        found += [replace(one, name=f"{name}: {one.name}") for one in judge_proof(proof, asked)]
+    return tuple(found)
 
 
 def _judge_precision(proof: Proof, limit: str) -> ProofDecision:

@@ -1,4 +1,4 @@
-"""What a report shows of single layers: rank, error and time of each factorised linear, as maps."""
+"""What a report shows of single layers: rank and error of each factorised linear, as maps."""
 
 from __future__ import annotations
 
@@ -27,12 +27,6 @@ def layer_maps(stages: Mapping[str, Sequence[Json]]) -> Iterator[tuple[str, str]
     for entry in stages["verify"]:
         for title, errors in module_errors(entry["content"].get("levels")):
             yield from _map(f"{entry['label']}: {title}", errors, log=True)
-    for entry in stages["bench"]:
-        layers = entry["content"].get("layers") or []
-        for contender in dict.fromkeys(name for layer in layers for name in layer["times_us"]):
-            times = {layer["name"]: layer["times_us"].get(contender) for layer in layers}
-            known = {name: time for name, time in times.items() if time is not None}
-            yield from _map(f"{entry['label']}: {contender}, microseconds", known)
 
 
 def module_errors(levels: Any) -> Iterator[tuple[str, dict[str, float]]]:
@@ -52,12 +46,12 @@ def module_errors(levels: Any) -> Iterator[tuple[str, dict[str, float]]]:
 
 
 def _map(title: str, values: Mapping[str, float], *, log: bool = False) -> Iterator[tuple[str, str]]:
-    cells = _cells(values)
+    cells = cells_of(values)
     if cells:
         yield title, heat_map(cells, title=title, digits=3, log=log)
 
 
-def _cells(values: Mapping[str, float]) -> Cells:
+def cells_of(values: Mapping[str, float]) -> Cells:
     """Returns (layer, module) -> value of the modules whose names hold the number of a layer."""
     found = {_PLACE.fullmatch(name): value for name, value in values.items()}
     return {(int(match[1]), match[2]): value for match, value in found.items() if match}

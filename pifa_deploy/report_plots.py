@@ -104,7 +104,14 @@ def ranges(bars: Sequence[Bar], *, title: str, x_label: str, reference: float) -
     return _text_of(svg)
 
 
-def heat_map(cells: dict[tuple[int, str], float], *, title: str, digits: int = 3, log: bool = False) -> str:
+def heat_map(
+    cells: dict[tuple[int, str], float],
+    *,
+    title: str,
+    digits: int = 3,
+    log: bool = False,
+    reference: float | None = None,
+) -> str:
     """Returns a map of layers (down) and their modules (across); each cell shows its number.
 
     Args:
@@ -112,18 +119,17 @@ def heat_map(cells: dict[tuple[int, str], float], *, title: str, digits: int = 3
         title: what the values are.
         digits: of the numbers shown.
         log: shade by order of magnitude.
+        reference: shade by the distance from this value, at its strongest from half or twice of it on, in a colour of
+            its own above; maps of one reference compare.
     """
-    rows, columns = sorted({row for row, _ in cells}), _in_order({column for _, column in cells})
+    rows, columns = sorted({row for row, _ in cells}), in_order({column for _, column in cells})
     left, top, tall = 26, 22, 17
     wide = (WIDTH - left) / max(len(columns), 1)
-    shades = {place: math.log(max(value, 1e-300)) if log else value for place, value in cells.items()}
-    low, high = min(shades.values()), max(shades.values())
+    shares = _shares(cells, log=log, reference=reference)
     told = f"from {number(min(cells.values()), digits)} to {number(max(cells.values()), digits)}"
     svg = _drawing(top + tall * len(rows) + 4, title, told)
     for j, column in enumerate(columns):
-        most = max(int((wide - 2) / _CHARACTER), 3)
-        short = column.removesuffix("_proj")
-        short = short if len(short) <= most else f"{short[: most - 1]}…"
+        short = _shortened(column.removesuffix("_proj"), max(int((wide - 2) / _CHARACTER), 3))
         _text(svg, (left + wide * (j + 0.5), top - 8), short, "tick middle")
     for i, row in enumerate(rows):
         y = top + tall * i
@@ -131,17 +137,27 @@ def heat_map(cells: dict[tuple[int, str], float], *, title: str, digits: int = 3
         for j, column in enumerate(columns):
             if (row, column) not in cells:
                 continue
-            share = (shades[row, column] - low) / (high - low) if high > low else 0.5
             cell = _add(svg, "rect", x=left + wide * j + 1, y=y + 1, width=wide - 2, height=tall - 2)
-            cell.set("class", "cell")
-            cell.set("fill-opacity", f"{0.05 + 0.4 * share:.3f}")
-            value = number(cells[row, column], digits)
-            _add(cell, "title").text = legal(f"layer {row}, {column}: {value}")
-            _text(svg, (left + wide * (j + 0.5), y + 12), value, "cell-text middle")
+            cell.set("class", "cell above" if reference and cells[row, column] > reference else "cell")
+            cell.set("fill-opacity", f"{0.05 + 0.4 * shares[row, column]:.3f}")
+            _text(svg, (left + wide * (j + 0.5), y + 12), number(cells[row, column], digits), "cell-text middle")
     return _text_of(svg)
 
 
-def _in_order(columns: set[str]) -> list[str]:
+def _shares(cells: dict[tuple[int, str], float], *, log: bool, reference: float | None) -> dict[tuple[int, str], float]:
+    """Returns how strongly each cell is shaded, 0 to 1."""
+    if reference:
+        return {place: min(abs(math.log2(max(value, 1e-300) / reference)), 1.0) for place, value in cells.items()}
+    shades = {place: math.log(max(value, 1e-300)) if log else value for place, value in cells.items()}
+    low, high = min(shades.values()), max(shades.values())
+    return {place: (shade - low) / (high - low) if high > low else 0.5 for place, shade in shades.items()}
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def in_order(columns: set[str]) -> list[str]:
     """Returns modules in the order in which a layer computes them."""
     known = ("q", "k", "v", "qkv", "o", "gate", "gate_up", "up", "fc1", "down", "fc2")
     places = {f"{name}_proj": place for place, name in enumerate(known)}
@@ -202,7 +218,7 @@ def _draw_mark(svg: Element, family: str, x: float, y: float, told: str) -> None
 def _draw_label(svg: Element, name: str, place: tuple[float, float], taken: list[Box], *, least: float) -> None:
     """Writes a name beside its mark, at the first place where nothing else stands."""
     x, y = place
-    shown = name if len(name) <= 28 else f"{name[:27]}…"
+    shown = _shortened(name, 28)
     wide = len(shown) * _CHARACTER
     places = [(x + 10, y + 4), (x - 10 - wide, y + 4)]
     places += [(x - wide / 2, y + side * (step * _LINE) + 4) for step in (1.2, 2.2, 3.2) for side in (-1, 1)]

@@ -203,7 +203,8 @@ def _kind(contender: Json, engines: Sequence[Json]) -> str:
     for engine in engines:
         if engine["label"] in (contender["name"], PurePath(contender.get("path") or "").name):
             return str(engine["content"]["proof"].get("sparse_label") or NOT_PICKED)
-    return f"{SPARSE}, no build log given" if runtime.startswith("tensorrt") else kind
+    told = (contender.get("proof") or {}).get("sparse_label")
+    return str(told or f"{SPARSE}, no build log given") if runtime.startswith("tensorrt") else kind
 
 
 def _evaluated(contender: Json, scores: Mapping[str, Json]) -> str | None:

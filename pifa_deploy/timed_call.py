@@ -17,7 +17,12 @@ class PreparedCall:
     """Runs one callable again and again; see TimedCall."""
 
     def __init__(
-        self, run: Callable[[], object], *, stream: torch.cuda.Stream | None = None, cuda_graph: bool = False
+        self,
+        run: Callable[[], object],
+        *,
+        stream: torch.cuda.Stream | None = None,
+        cuda_graph: bool = False,
+        waits: bool = False,
     ) -> None:
         """Takes what to run; on a GPU it is captured once where a CUDA graph is asked for.
 
@@ -25,12 +30,14 @@ class PreparedCall:
             run: starts the step on `stream`; on a CPU it returns when the step is done.
             stream: None on a CPU.
             cuda_graph: record what `run` starts and replay the recording.
+            waits: whether `run` returns when the work is done on a GPU too.
 
         Raises:
             MissingCapabilityError: what `run` does cannot be captured, or there is no GPU to capture it on.
         """
         self._run: Callable[[], object] | None = run
         self._stream = stream
+        self.waits = waits or stream is None
         self._graph: Any = None
         self._events: list[torch.cuda.Event] = []
         if stream is not None:

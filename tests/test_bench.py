@@ -29,7 +29,7 @@ from pifa_deploy.linear import LowRankLinear, PifaLinear
 from pifa_deploy.model_folder import load_model
 from pifa_deploy.peak_memory import measure_memory, status_bytes
 from pifa_deploy.relayout import RelayoutOptions, relayout_checkpoint
-from pifa_deploy.roofline import PIFA
+from pifa_deploy.roofline import PIFA_FUSED
 from pifa_deploy.runners import StepLimits
 from pifa_deploy.targets import TARGETS
 from pifa_deploy.timed_contenders import RunOptions, TimedContender, drawn_step, engine_modules, open_timed
@@ -331,7 +331,7 @@ def test_the_bound_of_a_pifa_model_is_that_of_advise(checkpoint: Path) -> None:
     found = open_timed("pifa", str(checkpoint), CPU)
     target = TARGETS["orin-agx"]
     expected = advise(checkpoint, target, AdviseOptions(tokens=(1, 512), limits=LimitOptions(dtype="fp32")))
-    bounds = [expected.bound(PIFA, tokens) for tokens in (1, 512)]
+    bounds = [expected.bound(PIFA_FUSED, tokens) for tokens in (1, 512)]
     assert bounds_ms(found, [1, 512], BoundOptions(target=target)) == [
         pytest.approx(bound.seconds * 1e3) for bound in bounds if bound
     ]

@@ -69,6 +69,13 @@ def test_few_rounds_are_warned_of() -> None:
         ({"load": Load(load_average=1, other_cpus=0.8, stolen_cpus=0)}, "busy machine: other processes used 0.80 CPUs"),
         ({"load": Load(load_average=1, other_cpus=0, stolen_cpus=0.4)}, "the hypervisor took 0.40 CPUs away meanwhile"),
         ({"after": GpuState(name="GPU", event_reasons=0x44)}, "held its clocks down: software power cap, hardware"),
+        (
+            {
+                "before": GpuState(name="GPU", held_down_s={"thermal limit": 7.0}),
+                "after": GpuState(name="GPU", event_reasons=0, held_down_s={"thermal limit": 9.5}),
+            },
+            "held its clocks down: thermal limit for 2.5 s",
+        ),
         ({"before": GpuState(name="GPU", other_processes=2)}, "2 other processes use the GPU"),
     ],
 )

@@ -98,7 +98,7 @@ class Gpu:
 
     def __init__(self, clock: Callable[[float], None], enqueue: float, compute: float) -> None:
         self.clock, self.enqueue, self.compute = clock, enqueue, compute
-        self.waiting = False
+        self.waiting = self.waits = False
         self.launches = 0
 
     def launch(self) -> None:
@@ -123,6 +123,14 @@ def test_latency_enqueue_and_gpu_time_are_told_apart(clock: Callable[[float], No
     assert laps.latency_ms == pytest.approx([4.0] * 6)
     assert laps.enqueue_ms == pytest.approx([1.0] * 6)
     assert laps.gpu_compute_ms == pytest.approx([4.0] * 6)
+
+
+def test_a_launch_that_waits_for_the_gpu_has_no_enqueue_time(clock: Callable[[float], None]) -> None:
+    call = Gpu(clock, 0.004, 0.004)
+    call.waits = True
+    laps = measure({"a": call}, ClockOptions(rounds=2, iterations=2, duration_s=0))["a"]
+    assert laps.enqueue_ms is None
+    assert laps.gpu_compute_ms == pytest.approx([4.0] * 2)
 
 
 def test_on_a_cpu_there_is_no_enqueue_and_no_gpu_time(clock: Callable[[float], None]) -> None:

@@ -101,6 +101,17 @@ def test_a_heat_map_shows_each_value_and_shades_by_it() -> None:
     assert [text for _, _, text in texts(svg, "tick")] == ["q", "down", "0", "2"]
 
 
+def test_maps_of_one_reference_shade_alike_on_both_sides_of_it() -> None:
+    cells = {(0, "q_proj"): 0.25, (0, "k_proj"): 0.5, (0, "v_proj"): 1.0, (1, "q_proj"): 2.0, (1, "v_proj"): 1.25}
+    svg = ElementTree.fromstring(heat_map(cells, title="t", reference=1.0))
+    found = dict(zip((0.25, 0.5, 1.0, 2.0, 1.25), svg.iter("rect"), strict=True))
+    assert [float(text) for _, _, text in texts(svg, "cell-text")] == list(found)
+    shades = {value: float(cell.get("fill-opacity", "0")) for value, cell in found.items()}
+    assert shades[1.0] < shades[1.25] < shades[2.0]
+    assert shades[0.5] == shades[0.25] == shades[2.0]
+    assert {value for value, cell in found.items() if cell.get("class") == "cell above"} == {2.0, 1.25}
+
+
 @pytest.mark.parametrize("values", [[5.0], [0.0, 0.0], [1e-7, 3e-7], [2e9, 2e9 + 1], [-3.0, 4.0]])
 def test_axes_of_odd_values_have_ticks_inside(values: list[float]) -> None:
     axis = linear_axis(values, 40, 340)

@@ -13,13 +13,15 @@ from pifa_deploy.errors import ExitCode
 
 if TYPE_CHECKING:
     from pifa_deploy.bench import BenchOptions
-    from pifa_deploy.bench_report import BenchReport, Case, Row
+    from pifa_deploy.bench_report import BenchReport, Case, Decision, Row
+    from pifa_deploy.layer_profile import LayerProfile
+    from pifa_deploy.proof import ProofDecision
 
 _PREFILL, _DECODE = (128, 512), (128,)
 _CLOCK = ("warm_up_ms", "iterations", "duration_s", "rounds", "seed")
 _NOT_CHOOSING = (
     *("decode", "batch", "cuda_graph", "baseline", "fixed", "target", "bandwidth_gb_s", "peak_tflops", "launch_us"),
-    *("gate_speed_up", "max_spread", "memory"),
+    *("gate_speed_up", "max_spread", "memory", "layers", "require_precision", "require_plugin", "require_sparse"),
 )
 _MODULES = {
     "torch": "torch",
@@ -51,8 +53,18 @@ _MODULES = {
 @click.option("--launch-us", type=float, help="Cost of a kernel to bound by; assumed by GPU if left out.")
 @click.option("--gate-speed-up", multiple=True, metavar="NAME=X", help="Fail where the interval reaches below X.")
 @click.option("--max-spread", type=float, help="Largest coefficient of variation; 0.025 is warned of.")
+@click.option("--require-precision", type=click.Choice(console.PRECISIONS), help="Widest of engines' matrix products.")
+@click.option("--require-plugin", is_flag=True, help="Every PIFA module of an engine must be in a plugin layer.")
+@click.option("--require-sparse", is_flag=True, help="An engine's build log must show that sparse kernels were picked.")
 @click.option("--memory", is_flag=True, help="Measure each contender's memory in a process of its own.")
-@click.option("--choose", "plan", type=click.Path(path_type=Path), help="Instead: write a plan for export --plan here.")
+@click.option("--layers", is_flag=True, help="Profile each contender by linear layer, after the times.")
+@click.option(
+    "--choose",
+    "plan",
+    type=click.Path(path_type=Path),
+    callback=console.writable,
+    help="Instead: write a plan for export --plan here.",
+)
 @click.option(
     "--generated", type=int, default=128, show_default=True, help="--choose: tokens after the first --prefill."
 )
@@ -61,8 +73,8 @@ def bench_command(places: tuple[str, ...], json_path: Path | None, **flags: Any)
     """Time contenders side by side: prefill and decode apart, in rounds of random order.
 
     PLACE is a checkpoint (PyTorch), an ONNX folder (ONNX Runtime) or an engine folder (TensorRT). The first one is the
-    baseline. Without a GPU everything runs on the CPU, and the first line says so. Exit code 1 when a --gate-speed-up
-    fails.
+    baseline. Without a GPU everything runs on the CPU, and the first line says so. Exit code 1 when a gate fails, 3
+    when a --require gate could not be decided and none failed.
 
     With --choose PLAN the factorised layers of one checkpoint are measured instead, each in every form it can take.
     """
@@ -70,7 +82,7 @@ def bench_command(places: tuple[str, ...], json_path: Path | None, **flags: Any)
     named = console.named(places, lambda place: Path(place).name)
     if plan is not None:
         return _choose(named, plan, json_path, {**flags, "generated": generated})
-    options = _options(flags)
+    options = bench_options(flags)
     from pifa_deploy.bench import run_bench
 
     report = run_bench(named, options, console.stage)
@@ -80,10 +92,20 @@ def bench_command(places: tuple[str, ...], json_path: Path | None, **flags: Any)
             click.echo(f"\n{case.size.label}\n{_table(report, case)}")
             for warning in case.to_json(report.gates.max_spread)["warnings"]:
                 click.echo(f"warning: {warning}")
+        if report.layers:
+            _show_layers(report, report.layers)
     for decision in report.decisions:
-        verdict = "passed" if decision.passed else "FAILED"
-        console.summary(f"{verdict}: {decision.name} {decision.value:.4g}, limit {decision.limit:.4g}", json_path)
+        console.summary(_verdict(decision), json_path)
+    if report.passed is None and report.decisions:
+        return ExitCode.NOT_DECIDED
     return ExitCode.PASSED if report else ExitCode.GATE_FAILED
+
+
+def _verdict(decision: Decision | ProofDecision) -> str:
+    value, limit = (each if isinstance(each, str) else f"{each:.4g}" for each in (decision.value, decision.limit))
+    reason = getattr(decision, "reason", "")
+    mark = console.MARKS[decision.passed]
+    return f"{mark}: {decision.name} {value}, limit {limit}{f' ({reason})' if reason else ''}"
 
 
 def _choose(named: dict[str, str], path: Path, json_path: Path | None, flags: dict[str, Any]) -> int:
@@ -122,7 +144,7 @@ def _choose(named: dict[str, str], path: Path, json_path: Path | None, flags: di
     return ExitCode.PASSED
 
 
-def _options(flags: dict[str, Any]) -> BenchOptions:
+def bench_options(flags: dict[str, Any]) -> BenchOptions:
     """Returns what the command line asks for."""
     from pifa_deploy.targets import targets_named
 
@@ -132,19 +154,24 @@ def _options(flags: dict[str, Any]) -> BenchOptions:
     from pifa_deploy.bench_report import BenchGates
     from pifa_deploy.contender_bounds import BoundOptions
     from pifa_deploy.latency import ClockOptions
+    from pifa_deploy.proof import ProofGates
     from pifa_deploy.timed_contenders import RunOptions
 
     asked = bool(flags["prefill"] or flags["decode"])
     return BenchOptions(
         prefill=flags["prefill"] if asked else _PREFILL,
         decode=flags["decode"] if asked else _DECODE,
-        **{name: flags[name] for name in ("batch", "baseline", "fixed", "memory")},
+        **{name: flags[name] for name in ("batch", "baseline", "fixed", "memory", "layers")},
         run=RunOptions(**{name: flags[name] for name in ("device", "threads", "cuda_graph", "dtype")}),
         clock=ClockOptions(**{name: flags[name] for name in _CLOCK}),
         bounds=BoundOptions(
             target=target, **{name: flags[name] for name in ("bandwidth_gb_s", "peak_tflops", "launch_us")}
         ),
-        gates=BenchGates(speed_up=_gates(flags["gate_speed_up"]), max_spread=flags["max_spread"]),
+        gates=BenchGates(
+            speed_up=_gates(flags["gate_speed_up"]),
+            max_spread=flags["max_spread"],
+            proof=ProofGates(**{name: flags[f"require_{name}"] for name in ("precision", "plugin", "sparse")}),
+        ),
     )
 
 
@@ -183,8 +210,23 @@ def _table(report: BenchReport, case: Case) -> str:
     columns += ["GPU ms", "enqueue ms", "J/token"] if on_gpu else []
     columns += ["peak MB"] if report.options["memory"] else []
     columns += ["bound ms", "bound %"] if any(row.bound_ms for row in case.rows) else []
-    kinds = {one.name: f"{one.kind}, {one.runtime} {one.dtype}" for one in report.contenders}
+    labels = {name: proof.sparsity.label for name, proof in report.proofs.items()}
+    kinds = {one.name: f"{labels.get(one.name) or one.kind}, {one.runtime} {one.dtype}" for one in report.contenders}
     return console.table(columns, [[row.name, kinds[row.name], *_cells(report, row, columns)] for row in case.rows])
+
+
+def _show_layers(report: BenchReport, profile: LayerProfile) -> None:
+    """Shows where the time of each contender goes, case by case."""
+    columns = ["contender", "linears", "linears ms", "rest ms", "rest"]
+    for place, case in enumerate(report.cases):
+        rows = []
+        for name, times in profile.times.items():
+            found = times[place]
+            linears, rest = (round(us / 1e3, 3) for us in (found.linears_us, found.rest_us))
+            rows.append([name, len(found.modules_us), linears, rest, f"{found.rest_share:.1%}"])
+        click.echo(f"\nlayers, {case.size.label} (profiled)\n{console.table(columns, rows)}")
+    for warning in profile.warnings:
+        click.echo(f"warning: {warning}")
 
 
 def _cells(report: BenchReport, row: Row, columns: list[str]) -> list[Any]:
