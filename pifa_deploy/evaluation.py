@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pifa_deploy.calibration import check_vocabulary, even_windows
-from pifa_deploy.errors import InputRefusedError
+from pifa_deploy.errors import InputRefusedError, StageFailedError
 
 # int64 ids [batch, sequence], no padding -> floating-point logits [batch, sequence, vocabulary]; back when computed.
 Logits = Callable[[torch.Tensor], torch.Tensor]
@@ -36,7 +36,7 @@ class EvaluateOptions:
         max_windows: at most this many: spread evenly over the text where they do not overlap (20 when None), the
             first ones where they do (all when None).
         batch_size: windows a forward pass.
-        device: "cpu" or "cuda", for models that run in torch.
+        device: "cpu" or "cuda".
     """
 
     context: int = 512
@@ -169,6 +169,9 @@ def evaluate(logits: Logits, windows: Sequence[Window], *, batch_size: int = 4) 
         logits: the model.
         windows: at least one.
         batch_size: windows a forward pass, at most; those of one pass have the same length.
+
+    Raises:
+        StageFailedError: the negative log-likelihood of a window is not finite: the model is broken.
     """
     nll: list[float] = []
     passes = []
@@ -179,6 +182,8 @@ def evaluate(logits: Logits, windows: Sequence[Window], *, batch_size: int = 4) 
             found = logits(ids)
             passes.append((ids.numel(), time.perf_counter() - started))
             nll += [_nll(row, window) for row, window in zip(found, batch, strict=True)]
+            if not all(map(math.isfinite, nll[-len(batch) :])):
+                raise StageFailedError(_broken(nll, len(windows)))
             # Otherwise these logits would still be there while the next ones are computed.
             del found
             bar.update(len(batch))
@@ -208,6 +213,7 @@ def perplexity(model: PreTrainedModel, windows: torch.Tensor, *, batch_size: int
 
     Raises:
         InputRefusedError: a token that the model does not know.
+        StageFailedError: see `evaluate`.
     """
     check_vocabulary(windows, model.get_input_embeddings().num_embeddings)
     whole = [Window(ids=row, scored=len(row) - 1) for row in windows]
@@ -244,6 +250,14 @@ def _nll(logits: torch.Tensor, window: Window) -> float:
         losses = rows.logsumexp(-1) - rows.gather(-1, wanted[:, None])[:, 0]
         total += float(losses.double().sum())
     return total
+
+
+def _broken(nll: Sequence[float], windows: int) -> str:
+    place, value = next((place, value) for place, value in enumerate(nll, 1) if not math.isfinite(value))
+    return (
+        f"the negative log-likelihood of window {place} of {windows} is {value}, expected a finite number; look for "
+        "NaN, Inf or an overflow in the model with `pifa-deploy verify`"
+    )
 
 
 def _standard_error(sums: Sequence[float], counts: Sequence[int]) -> float | None:

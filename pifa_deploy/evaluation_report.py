@@ -12,7 +12,7 @@ import torch
 
 from pifa_deploy.calibration import check_vocabulary, read_texts, token_ids
 from pifa_deploy.contenders import Entry, check_runnable, open_contender, tokenizer_place
-from pifa_deploy.errors import InputRefusedError
+from pifa_deploy.errors import InputRefusedError, StageFailedError
 from pifa_deploy.evaluation import EvaluateOptions, Score, Window, evaluate, exp, finite, windows_of
 from pifa_deploy.model_folder import load_tokenizer
 
@@ -100,6 +100,8 @@ def evaluate_all(
         InputRefusedError: one is malformed, has no tokenizer or no whole window, or models have tokenizers that make
             different tokens of a text.
         MissingCapabilityError: an engine folder, no such device, or no ONNX Runtime that runs the graph.
+        StageFailedError: a model that gives NaN. There is no report then: with nulls in it, it would not be a failure
+            to those who read it.
     """
     named = models if isinstance(models, Mapping) else {place: place for place in models}
     places = list(named.values())
@@ -144,5 +146,8 @@ def _row(name: str, place: str, windows: Mapping[str, list[Window]], options: Ev
     for label, each in windows.items():
         if contender.vocabulary is not None:
             check_vocabulary(torch.cat([window.ids for window in each]), contender.vocabulary)
-        scores[label] = evaluate(contender.logits, each, batch_size=options.batch_size)
+        try:
+            scores[label] = evaluate(contender.logits, each, batch_size=options.batch_size)
+        except StageFailedError as error:
+            raise StageFailedError(f"{name} on {label}: {error}") from None
     return Row(name=name, entry=contender.entry, scores=scores)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from pifa_deploy.checkpoint import read_json_object
-from pifa_deploy.decoder_step import FloatArray, IntArray, Runner, Step, StepLimits
-from pifa_deploy.sampling import SamplingOptions, chooser
+from pifa_deploy.decoder_step import IntArray, Runner, Step, StepLimits
+from pifa_deploy.sampling import Choose, SamplingOptions, chooser
 from pifa_deploy.tokenizer_files import CONFIG_FILE, GENERATION_FILE
 
 _BROKEN = "\ufffd"  # what a decoder makes of bytes that are no character, or not yet
@@ -47,7 +47,8 @@ class Generated:
         text: of the new tokens, special ones left out.
         token_ids: the new tokens, without the one that ended the text.
         prompt_tokens: tokens of the prompt, chat template included.
-        stop: "end" (an end token), "length" (max_new_tokens) or "cache" (the engine holds no more).
+        stop: "end" (an end token), "length" (max_new_tokens), "cache" (the engine holds no more) or "positions" (the
+            model was made for no more).
         prefill_seconds: of the steps that read the prompt, up to the first token.
         decode_seconds: of all later steps.
         decode_steps: their number.
@@ -110,7 +111,13 @@ class TextStream:
 
 
 def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool) -> IntArray:
-    """Returns the tokens [sequence] of a prompt; raises ValueError when there are none."""
+    """Returns the tokens [sequence] of a prompt; raises ValueError when there are none, or when it is no Unicode."""
+    # What Python makes of a byte of the command line that is not UTF-8.
+    strange = next((place for place, letter in enumerate(prompt) if "\ud800" <= letter <= "\udfff"), None)
+    if strange is not None:
+        raise ValueError(
+            f"the prompt has {prompt[strange]!a} at character {strange}, expected Unicode; give it in UTF-8"
+        )
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -130,6 +137,25 @@ def end_tokens(folder: Path, tokenizer: Any) -> frozenset[int]:
     return frozenset(found)
 
 
+def position_limit(folder: Path) -> int | None:
+    """Returns how many positions the model in a folder was made for; None where its config.json does not say.
+
+    `max_position_embeddings` counts as transformers takes it: with rotary scaling it is the extended number already,
+    but "linear" and "dynamic" scaling stretch it, and configurations of "yarn" may still name the original one.
+    """
+    config = read_json_object(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+    positions = config.get("max_position_embeddings")
+    if not isinstance(positions, int):
+        return None
+    # transformers before 5 writes rope_scaling, and older ones "type" in it.
+    rotary = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind, factor = rotary.get("rope_type", rotary.get("type")), rotary.get("factor") or 1
+    if kind in ("linear", "dynamic"):
+        return int(positions * factor)
+    original = rotary.get("original_max_position_embeddings") or positions
+    return max(positions, int(original * factor)) if kind == "yarn" else positions
+
+
 def generate(runner: Runner, tokenizer: Any, prompt: str, *, max_new_tokens: int = 48, chat: bool = True) -> str:
     """Returns the greedy continuation of a prompt, ended by the tokenizer's end token; see `generate_text`."""
     options = GenerateOptions(max_new_tokens=max_new_tokens, chat=chat)
@@ -145,6 +171,7 @@ def generate_text(
     options: GenerateOptions,
     ends: Collection[int],
     limits: StepLimits | None = None,
+    positions: int | None = None,
     show: Callable[[str], object] = lambda piece: None,
 ) -> Generated:
     """Continues a prompt.
@@ -156,55 +183,90 @@ def generate_text(
         options: how much, and how tokens are chosen.
         ends: tokens that end the text; see `end_tokens`.
         limits: what the runner takes at most; a longer prompt is read in parts.
+        positions: that the model was made for, see `position_limit`; the text ends there. None: no limit.
         show: called with each piece of text.
 
     Raises:
-        ValueError: the prompt holds no token.
+        ValueError: the prompt holds no token, or more than the model has positions.
         MisfitError: the prompt does not fit into the engine.
+        StageFailedError: logits that are not finite, see `chooser`.
     """
     ids = prompt_ids(tokenizer, prompt, chat=options.chat)
-    choose, limits = chooser(options.sampling), limits or StepLimits()
-    stream, produced, text = TextStream(tokenizer), list[int](), list[str]()
+    if positions is not None and len(ids) > positions:
+        raise ValueError(
+            f"the prompt has {len(ids)} tokens and the model was made for {positions} positions "
+            "(max_position_embeddings); shorten it"
+        )
+    run = _Run(runner, chooser(options.sampling), limits or StepLimits(), positions=positions)
+    stream, text = TextStream(tokenizer), list[str]()
 
     def emit(piece: str) -> None:
         if piece:
             text.append(piece)
             show(piece)
 
-    started = time.perf_counter()
-    logits, cache, past = _read(runner, ids, limits.tokens)
-    token = choose(logits)
-    prefill_seconds, decode_seconds, steps, stop = time.perf_counter() - started, 0.0, 0, "end"
-    while token not in ends:
-        produced.append(token)
+    for token in run.tokens(ids, ends=ends, most=options.max_new_tokens):
         emit(stream.push(token))
-        if len(produced) == options.max_new_tokens:
-            stop = "length"
-            break
-        if limits.past is not None and past > limits.past:
-            stop = "cache"
-            break
-        started = time.perf_counter()
-        found, cache = runner.step(Step.after(past, np.array([token], np.int64)), cache)
-        token = choose(found[0, -1])
-        decode_seconds += time.perf_counter() - started
-        past, steps = past + 1, steps + 1
     emit(stream.flush())
-    return Generated(
-        prompt=prompt,
-        text="".join(text),
-        token_ids=tuple(produced),
-        prompt_tokens=len(ids),
-        stop=stop,
-        prefill_seconds=prefill_seconds,
-        decode_seconds=decode_seconds,
-        decode_steps=steps,
-    )
+    return run.generated(prompt, "".join(text))
 
 
-def _read(runner: Runner, ids: IntArray, most: int | None) -> tuple[FloatArray, Any, int]:
-    """Reads a prompt, at most `most` tokens a step; returns the last logits, the cache and its length."""
-    cache, part = None, most or len(ids)
-    for start in range(0, len(ids), part):
-        logits, cache = runner.step(Step.after(start, ids[start : start + part]), cache)
-    return logits[0, -1], cache, len(ids)
+class _Run:
+    """The steps of one continuation, timed."""
+
+    def __init__(self, runner: Runner, choose: Choose, limits: StepLimits, *, positions: int | None) -> None:
+        self._runner, self._choose, self._limits, self._positions = runner, choose, limits, positions
+        self._cache: Any = None
+        self._past = self._prompt_tokens = self._decode_steps = 0
+        self._prefill_seconds = self._decode_seconds = 0.0
+        self._produced: list[int] = []
+        self._stop = "end"
+
+    def tokens(self, ids: IntArray, *, ends: Collection[int], most: int) -> Iterator[int]:
+        """Yields the tokens behind a prompt: at most `most`, without the one that ends the text."""
+        token = self._read(ids)
+        while token not in ends:
+            self._produced.append(token)
+            yield token
+            if len(self._produced) == most:
+                self._stop = "length"
+                return
+            if self._limits.past is not None and self._past > self._limits.past:
+                self._stop = "cache"
+                return
+            if self._positions is not None and self._past >= self._positions:
+                self._stop = "positions"
+                return
+            token = self._step(token)
+
+    def generated(self, prompt: str, text: str) -> Generated:
+        """Returns the result after the last token."""
+        return Generated(
+            prompt=prompt,
+            text=text,
+            token_ids=tuple(self._produced),
+            prompt_tokens=self._prompt_tokens,
+            stop=self._stop,
+            prefill_seconds=self._prefill_seconds,
+            decode_seconds=self._decode_seconds,
+            decode_steps=self._decode_steps,
+        )
+
+    def _read(self, ids: IntArray) -> int:
+        """Reads the prompt, as much a step as the runner takes; returns the first token behind it."""
+        started = time.perf_counter()
+        part = self._limits.tokens or len(ids)
+        for start in range(0, len(ids), part):
+            logits, self._cache = self._runner.step(Step.after(start, ids[start : start + part]), self._cache)
+        token = self._choose(logits[0, -1])
+        self._past = self._prompt_tokens = len(ids)
+        self._prefill_seconds = time.perf_counter() - started
+        return token
+
+    def _step(self, token: int) -> int:
+        started = time.perf_counter()
+        logits, self._cache = self._runner.step(Step.after(self._past, np.array([token], np.int64)), self._cache)
+        following = self._choose(logits[0, -1])
+        self._decode_seconds += time.perf_counter() - started
+        self._past, self._decode_steps = self._past + 1, self._decode_steps + 1
+        return following

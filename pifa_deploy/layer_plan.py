@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from pifa_deploy.checkpoint import read_json_object
-from pifa_deploy.errors import InputRefusedError, MisfitError
+from pifa_deploy.errors import InputMissingError, InputRefusedError, MisfitError
 from pifa_deploy.layer_forms import DENSE, FORMS, LOW_RANK, STORED, as_form
 from pifa_deploy.output_folder import write_json
 from pifa_deploy.transformers_quantizer import factorised_modules
@@ -85,6 +85,8 @@ def read_plan(path: Path) -> Plan:
         InputMissingError: no such file.
         InputRefusedError: not a plan of this version, or a layer without a known form.
     """
+    if not path.is_file():
+        raise InputMissingError(f"{path}: no such file; write a plan with `pifa-deploy bench --choose`")
     content = read_json_object(path)
     if content.get("artefact") != "plan" or content.get("schema") != SCHEMA:
         raise InputRefusedError(

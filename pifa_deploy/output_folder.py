@@ -11,8 +11,9 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pifa_deploy.op_spec import QUANT_METHOD
 
 # A folder whose files say none of this was not made by this program: --force does not replace it. (Any
 # config.json would not do: it also marks the dense model of the user.)
-ARTEFACT_FILES = ("pifa.json", "engine.json", "report.json", "sparsity.json")
+ARTEFACT_FILES = ("pifa.json", "engine.json", "report.json", "sparsity.json", "tasks.json")
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_PLACE = (
@@ -70,11 +71,12 @@ def write_text(path: Path | str, text: str) -> None:
     """Writes a UTF-8 file beside its place and renames it into it.
 
     Raises:
-        OutputError: no space left, or no permission.
+        OutputError: no space left, no permission, or something stands there that is no file.
     """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    path = Path(os.path.abspath(path))
+    partial = _partial_file(path)
     with _writing_errors(path):
+        _refuse_special(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             partial.write_text(text, encoding="utf-8")
@@ -83,9 +85,39 @@ def write_text(path: Path | str, text: str) -> None:
             partial.unlink(missing_ok=True)
 
 
+def check_file(path: Path | str) -> None:
+    """Tries the place of a file that `write_text` shall write after long work; leaves nothing there.
+
+    Raises:
+        OutputError: nothing can be written there now.
+    """
+    path = Path(os.path.abspath(path))
+    try:
+        _refuse_special(path)
+        parent = next(each for each in path.parents if os.path.lexists(each))
+        with suppress(FileNotFoundError):
+            os.lstat(_partial_file(path))  # the length of the name
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error.strerror}; choose another place") from error
+
+
 def write_json(path: Path | str, value: Any) -> None:
     """Writes `value` as indented JSON with sorted keys, whole or not at all."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def _partial_file(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.partial")
+
+
+def _refuse_special(path: Path) -> None:
+    # Renaming a file into its place would remove a device such as /dev/null, or a pipe that somebody reads.
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, expected a file", str(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EEXIST, "it is no regular file (for standard output give -)", str(path))
 
 
 def _refuse_existing(target: Path, force: bool) -> None:

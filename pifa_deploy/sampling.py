@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pifa_deploy.errors import StageFailedError
+
 Logits = npt.NDArray[np.float32]
 Choose = Callable[[Logits], int]
 
@@ -45,15 +47,24 @@ class SamplingOptions:
 
 
 def chooser(options: SamplingOptions) -> Choose:
-    """Returns logits [vocabulary] -> token; it remembers where in the drawing it is."""
-    if options.temperature == 0:
-        return lambda logits: int(logits.argmax())
+    """Returns logits [vocabulary] -> token; it remembers where in the drawing it is.
+
+    The function that is returned raises StageFailedError for logits among which no token is the likeliest: NaN or
+    infinity in them, or nothing but -infinity.
+    """
     generator = np.random.default_rng(options.seed)
 
-    def draw(logits: Logits) -> int:
+    def choose(logits: Logits) -> int:
+        if not np.isfinite(logits.max()):  # NaN, where there is one
+            raise StageFailedError(
+                f"the model gave {np.isnan(logits).sum()} NaN and {np.isinf(logits).sum()} infinite of {len(logits)} "
+                "logits, so that no token is the likeliest; look for the layer with `pifa-deploy verify`"
+            )
+        if options.temperature == 0:
+            return int(logits.argmax())
         return int(generator.choice(len(logits), p=probabilities(logits, options)))
 
-    return draw
+    return choose
 
 
 def probabilities(logits: Logits, options: SamplingOptions) -> npt.NDArray[np.float64]:
@@ -63,7 +74,9 @@ def probabilities(logits: Logits, options: SamplingOptions) -> npt.NDArray[np.fl
         logits: float32 [vocabulary].
         options: with a temperature above 0.
     """
-    scores = logits.astype(np.float64) / options.temperature
+    scores = logits.astype(np.float64)
+    with np.errstate(over="ignore"):  # a tiny temperature makes -infinity of all but the likeliest
+        scores = (scores - scores.max()) / options.temperature
     if 0 < options.top_k < len(scores):
         scores[scores < np.partition(scores, -options.top_k)[-options.top_k]] = -np.inf
     found = _softmax(scores)

@@ -667,8 +667,59 @@ def test_force_replaces_an_artefact_by_the_new_one(
 
 def test_a_result_that_cannot_be_written_is_told(dense: Path, tmp_path: Path, refused: Any) -> None:
     (tmp_path / "file").write_text("")
-    pattern = r"file/result\.json could not be written: .*; choose another place"
-    refused(STAGE_FAILED, pattern, "inspect", dense, "--json", tmp_path / "file" / "result.json")
+    pattern = r"--json.*file/result\.json cannot be written: Not a directory; choose another place"
+    refused(USAGE, pattern, "inspect", dense, "--json", tmp_path / "file" / "result.json")
+
+
+PLACES = {
+    "a folder": ("folder", "folder cannot be written: it is a folder, expected a file"),
+    "a folder with a slash": ("folder/", "folder cannot be written: it is a folder"),
+    "below a file": ("file/x.json", r"file/x\.json cannot be written: Not a directory"),
+    "below a file, deeper": ("file/y/x.json", r"file/y/x\.json cannot be written: Not a directory"),
+    "below a loop of links": ("loop/x.json", r"loop/x\.json cannot be written: Too many levels"),
+    "a name that is too long": ("x" * 250, "cannot be written: File name too long"),
+    "a pipe": ("pipe", r"pipe cannot be written: it is no regular file \(for standard output give -\)"),
+    "a device": ("/dev/null", "/dev/null cannot be written: it is no regular file"),
+    "a place that the system keeps": ("/proc/x.json", r"/proc/x\.json cannot be written: "),
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_the_place_of_a_result_is_tried_before_the_work(
+    case: str, dense: Path, tmp_path: Path, refused: Any, pifa_deploy: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)
+    place, pattern = PLACES[case]
+    pifa_deploy("evaluate", dense, "--text", "absent.txt", "--json", place).failed(USAGE, f"'--json': .*{pattern}")
+    assert sorted(os.listdir()) == ["file", "folder", "loop", "pipe"]
+    assert os.listdir("folder") == []
+
+
+def test_a_result_goes_into_folders_that_are_made_for_it(
+    dense: Path, tmp_path: Path, pifa_deploy: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    pifa_deploy("inspect", "absent", "--json", "deep/er/x.json").failed(USAGE, "absent: no such")
+    assert os.listdir() == []
+    assert pifa_deploy("inspect", dense, "--json", "deep/er/x.json").code == 0
+    assert json.loads((tmp_path / "deep" / "er" / "x.json").read_text())
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "loop"])
+def test_a_plan_that_is_no_file_is_named(kind: str, checkpoint: Path, tmp_path: Path, pifa_deploy: Command) -> None:
+    plan = tmp_path / "plan.json"
+    if kind == "folder":
+        plan.mkdir()
+    if kind == "loop":
+        plan.symlink_to(plan)
+    before = os.listdir(tmp_path)
+    outcome = pifa_deploy("export", checkpoint, tmp_path / "out", "--plan", plan)
+    outcome.failed(USAGE, r"plan\.json: no such file; write a plan with `pifa-deploy bench --choose`")
+    assert os.listdir(tmp_path) == before
 
 
 def test_debug_shows_the_traceback_and_the_line(dense: Path, tmp_path: Path, pifa_deploy: Command) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from cli_fixtures import Outcome, passage, small_model, small_tokenizer
@@ -171,17 +172,26 @@ def test_without_a_cuda_device_nothing_is_decided(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(MissingCapabilityError, match="finds no CUDA device; use --device cpu"):
         open_contender(str(dense), device="cuda")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    with pytest.raises(MissingCapabilityError, match="onnx: ONNX folders run on the CPU only; use --device cpu"):
+    with pytest.raises(MissingCapabilityError, match="finds no CUDA device; use --device cpu"):
         open_contender(str(onnx_folder), device="cuda")
 
 
 @pytest.mark.gpu
-def test_a_model_on_a_gpu_has_the_perplexity_that_it_has_on_the_cpu(checkpoint: Path, text: Path) -> None:
+@pytest.mark.parametrize("kind", ["checkpoint", "onnx_folder"])
+def test_a_model_on_a_gpu_has_the_perplexity_that_it_has_on_the_cpu(
+    kind: str, text: Path, request: pytest.FixtureRequest
+) -> None:
     if not torch.cuda.is_available():
         pytest.skip("torch finds no CUDA device")
+    if kind == "onnx_folder":
+        has_onnx_runtime()
+        import onnxruntime
+
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            pytest.skip("ONNX Runtime has no CUDAExecutionProvider: pip install 'pifa-deploy[gpu]'")
+    place = str(request.getfixturevalue(kind))
     found = [
-        evaluate_all([str(checkpoint)], {"t": text}, EvaluateOptions(context=48, device=device)).rows[0]
+        evaluate_all([place], {"t": text}, EvaluateOptions(context=48, device=device)).rows[0]
         for device in ("cpu", "cuda")
     ]
     assert [row.entry.device for row in found] == ["cpu", "cuda"]
@@ -243,15 +253,35 @@ def test_the_speed_leaves_out_the_first_forward_pass_where_there_are_more() -> N
     assert Row(name="m", entry=entry(), scores={"b": scores["b"]}).tokens_per_second == pytest.approx(100)
 
 
-def test_a_broken_model_stands_in_the_json_with_nulls() -> None:
-    rows = tuple(
-        Row(name="m", entry=entry(), scores={"t": score((nll, 20.0), (8, 1.0))}) for nll in (20.0, math.nan, 1e5)
-    )
+def test_a_perplexity_beyond_the_largest_float_stands_in_the_json_as_null() -> None:
+    rows = tuple(Row(name="m", entry=entry(), scores={"t": score((nll, 20.0), (8, 1.0))}) for nll in (20.0, 1e5))
     report = EvaluateReport(texts={"t": Path("t")}, options=OPTIONS, rows=rows)
     found = [row["texts"]["t"] for row in json.loads(json.dumps(report.to_json(), allow_nan=False))["rows"]]
-    assert [each["perplexity"] for each in found] == [pytest.approx(math.exp(2)), None, None]
-    assert found[2]["nll_difference"] == pytest.approx((1e5 - 20) / 20)
-    assert found[2]["ratio"] is None
+    assert [each["perplexity"] for each in found] == [pytest.approx(math.exp(2)), None]
+    assert found[1]["nll_difference"] == pytest.approx((1e5 - 20) / 20)
+    assert found[1]["ratio"] is None
+
+
+def test_a_model_that_gives_nan_fails_and_leaves_no_report(
+    dense: Path, onnx_folder: Path, text: Path, tmp_path: Path, pifa_deploy: Command
+) -> None:
+    has_onnx_runtime()
+    broken = Path(shutil.copytree(onnx_folder, tmp_path / "broken"))
+    # A token of the second window that the first one has not makes NaN.
+    first, second, *_ = even_windows(token_ids(text.read_text(encoding="utf-8"), small_tokenizer()), 48, 5).tolist()
+    token = next(each for each in second[:-1] if each not in first)
+    graph = onnx.load(broken / "model.onnx", load_external_data=False).graph
+    (table,) = [each for each in graph.initializer if each.name == "model.embed_tokens.weight"]
+    offset = next(int(entry.value) for entry in table.external_data if entry.key == "offset")
+    with (broken / "model.onnx.data").open("r+b") as data:
+        data.seek(offset + token * table.dims[1] * 4)
+        data.write(np.float32(np.nan).tobytes())
+    arguments = ("--text", f"novel={text}", "--context", 48, "--max-windows", 5, "--json", tmp_path / "x.json")
+    outcome = pifa_deploy("evaluate", dense, f"mine={broken}", *arguments)
+    told = "mine on novel: the negative log-likelihood of window 2 of 5 is nan, expected a finite number; look for NaN"
+    outcome.failed(ExitCode.STAGE_FAILED, told)
+    assert outcome.out == ""
+    assert not (tmp_path / "x.json").exists()
 
 
 def test_one_forward_pass_at_a_time_reads_a_batch_of_windows(dense: Path, text: Path) -> None:

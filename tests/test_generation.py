@@ -16,8 +16,16 @@ from cli_fixtures import SIZES, Outcome, small_model, small_tokenizer
 
 from pifa_deploy.cli.generate import _remarks
 from pifa_deploy.decoder_step import StepLimits
-from pifa_deploy.errors import ExitCode
-from pifa_deploy.generation import Generated, GenerateOptions, TextStream, end_tokens, generate, generate_text
+from pifa_deploy.errors import ExitCode, StageFailedError
+from pifa_deploy.generation import (
+    Generated,
+    GenerateOptions,
+    TextStream,
+    end_tokens,
+    generate,
+    generate_text,
+    position_limit,
+)
 from pifa_deploy.model_folder import load_model, load_tokenizer
 from pifa_deploy.onnx_folder import open_folder
 from pifa_deploy.runners import OnnxRuntimeRunner, Step, TorchRunner
@@ -172,11 +180,18 @@ class TestTextStream:
 
 
 def text_from(runner: Any, prompt: str = "Emma", *, limits: StepLimits | None = None, **options: Any) -> Generated:
-    tokenizer = plain_tokenizer()
+    tokenizer, positions = plain_tokenizer(), options.pop("positions", None)
     ends = options.pop("ends", {tokenizer.eos_token_id})
     shown: list[str] = []
     found = generate_text(
-        runner, tokenizer, prompt, options=GenerateOptions(**options), ends=ends, limits=limits, show=shown.append
+        runner,
+        tokenizer,
+        prompt,
+        options=GenerateOptions(**options),
+        ends=ends,
+        limits=limits,
+        positions=positions,
+        show=shown.append,
     )
     assert "".join(shown) == found.text
     assert "" not in shown
@@ -243,6 +258,95 @@ def test_it_stops_when_the_cache_of_the_engine_is_full(most: int, tokens: int) -
     assert line == ([f"stopped after {len(found.token_ids)} tokens: {told}"] if most < 8 else [])
 
 
+@pytest.mark.parametrize(("positions", "tokens", "stop"), [(3, 1, "positions"), (5, 3, "positions"), (6, 4, "length")])
+def test_it_stops_at_the_last_position_of_the_model(positions: int, tokens: int, stop: str) -> None:
+    runner, prompt = Scripted([7] * 20), "EEE"
+    assert len(plain_tokenizer()(prompt, add_special_tokens=False).input_ids) == 3
+    found = text_from(runner, prompt, max_new_tokens=4, positions=positions)
+    assert max(int(step.position_ids.max()) for step in runner.steps) < positions
+    assert (len(found.token_ids), found.stop) == (tokens, stop)
+    told = "\n".join(_remarks(found, None, positions)[1:])
+    expected = f"stopped after {tokens} tokens: with the 3 of the prompt they fill the {positions} positions"
+    assert told.startswith(expected) if stop == "positions" else told == ""
+
+
+def test_a_prompt_with_more_tokens_than_positions_is_refused() -> None:
+    runner = Scripted([7])
+    with pytest.raises(
+        ValueError, match=r"the prompt has 3 tokens and the model was made for 2 positions .*; shorten it"
+    ):
+        text_from(runner, "EEE", positions=2)
+    assert runner.steps == []
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({}, None),
+        ({"max_position_embeddings": 2048}, 2048),
+        ({"max_position_embeddings": 2048, "rope_scaling": None}, 2048),
+        # Vicuna 1.5 16k, Llama 3.2, Phi-3 mini 128k, Qwen2.5 with the scaling of its model card, gpt-oss
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 4.0}}, 16384),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_scaling": {"rope_type": "llama3", "factor": 32.0, "original_max_position_embeddings": 8192},
+            },
+            131072,
+        ),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "original_max_position_embeddings": 4096,
+                "rope_scaling": {"type": "longrope"},
+            },
+            131072,
+        ),
+        (
+            {
+                "max_position_embeddings": 32768,
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131072,
+        ),
+        (
+            {
+                "max_position_embeddings": 131072,
+                "rope_parameters": {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096},
+            },
+            131072,
+        ),
+    ],
+)
+def test_positions_are_those_of_the_configuration(
+    config: dict[str, Any], positions: int | None, tmp_path: Path
+) -> None:
+    assert position_limit(tmp_path) is None
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert position_limit(tmp_path) == positions
+
+
+@pytest.mark.parametrize("prompt", ["caf\udce9", "\ud83d"])
+def test_a_prompt_that_is_no_unicode_is_refused(prompt: str) -> None:
+    strange = len(prompt) - 1
+    with pytest.raises(ValueError, match=rf"the prompt has '\\ud.*' at character {strange}, .*give it in UTF-8"):
+        text_from(Scripted([7]), prompt)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_gives_nan_fails_and_is_not_an_empty_answer(temperature: float) -> None:
+    class Broken(Scripted):
+        def step(self, inputs: Step, cache: Any) -> tuple[Any, Any]:
+            logits, cache = super().step(inputs, cache)
+            return logits * (np.nan if len(self.steps) == 3 else 1), cache
+
+    runner, seen = Broken([7] * 9), list[str]()
+    options = GenerateOptions(sampling=SamplingOptions(temperature=temperature))
+    with pytest.raises(StageFailedError, match=r"384 NaN and 0 infinite of 384 logits"):
+        generate_text(runner, plain_tokenizer(), "E", options=options, ends=(), show=seen.append)
+    assert len(runner.steps) == 3
+
+
 def test_a_seed_gives_the_same_text_again(runner: OnnxRuntimeRunner) -> None:
     texts = [
         text_from(runner, max_new_tokens=12, ends=(), sampling=SamplingOptions(temperature=2, seed=seed)).token_ids
@@ -281,6 +385,20 @@ class TestCommand:
         first, second = json.loads(by_argument.out), json.loads((tmp_path / "x.json").read_text())
         assert first["token_ids"] == second["token_ids"]
         assert by_option.out == second["text"] + "\n"
+
+    def test_the_last_position_is_the_end(
+        self, onnx_folder: Path, pifa_deploy: Callable[..., Outcome], tmp_path: Path
+    ) -> None:
+        folder = Path(shutil.copytree(onnx_folder, tmp_path / "short"))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 6}))
+        outcome = pifa_deploy("generate", folder, "EEE", "--no-chat", "--json", "-")
+        found = json.loads(outcome.out)
+        if found["stop"] != "end":
+            assert (found["stop"], found["prompt_tokens"], len(found["token_ids"])) == ("positions", 3, 4)
+            assert "they fill the 6 positions that the model was made for" in outcome.err
+        pifa_deploy("generate", folder, "E" * 7, "--no-chat").failed(ExitCode.USAGE, "7 tokens and the model .* 6 pos")
+        pifa_deploy("generate", folder, "caf\udce9").failed(ExitCode.USAGE, r"'\\udce9' at character 3")
 
     def test_one_prompt_is_wanted(self, onnx_folder: Path, pifa_deploy: Callable[..., Outcome]) -> None:
         pifa_deploy("generate", onnx_folder).failed(ExitCode.USAGE, "Missing argument 'PROMPT'")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pifa_deploy.errors import ExitCode, OutputError, OutputExistsError, OutputHeldError
-from pifa_deploy.output_folder import ARTEFACT_FILES, new_folder, write_json, write_text
+from pifa_deploy.output_folder import ARTEFACT_FILES, check_file, new_folder, write_json, write_text
 
 MARK = '{"schema": 1}'
 
@@ -363,6 +363,28 @@ class TestFiles:
         with pytest.raises(expected):
             write_json(tmp_path / "a.json", {"value": 2})
         assert json.loads((tmp_path / "a.json").read_text()) == {"value": 1}
+        assert names(tmp_path) == ["a.json"]
+
+    def test_a_relative_place_is_told_like_any_other(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "file").write_text("x")
+        monkeypatch.chdir(tmp_path)
+        for target in ("folder", "file/a.json", "file/deep/a.json"):
+            with pytest.raises(OutputError, match=f"{tmp_path}/{target} could not be written: .*choose another place"):
+                write_json(target, {})
+        assert names(tmp_path) == ["file", "folder"]
+
+    def test_what_is_no_regular_file_is_not_replaced(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(OutputError, match=r"pipe could not be written: .*no regular file"):
+            write_text(tmp_path / "pipe", "x")
+        assert (tmp_path / "pipe").is_fifo()
+
+    def test_a_place_that_can_be_written_is_left_as_it_was(self, tmp_path: Path) -> None:
+        (tmp_path / "a.json").write_text("old")
+        for target in ("a.json", "b.json", "deep/er/c.json"):
+            check_file(tmp_path / target)
+        assert content(tmp_path) == {"a.json": "old"}
         assert names(tmp_path) == ["a.json"]
 
     def test_a_folder_in_the_place_of_the_file_is_an_output_error(self, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+from pifa_deploy.errors import StageFailedError
 from pifa_deploy.sampling import SamplingOptions, chooser, probabilities
 
 LOGITS = np.random.default_rng(8).normal(0, 3, 67).astype(np.float32)
@@ -66,6 +67,33 @@ def test_a_seed_draws_the_same_tokens_again() -> None:
         for chooser_ in (chooser(SamplingOptions(temperature=3, seed=seed)) for seed in (7, 7, 8))
     ]
     assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("top_p", [1.0, 0.5])
+@pytest.mark.parametrize("top_k", [0, 3])
+@pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-300])
+def test_a_tiny_temperature_takes_the_likeliest(temperature: float, top_k: int, top_p: float) -> None:
+    found = probabilities(LOGITS, SamplingOptions(temperature=temperature, top_k=top_k, top_p=top_p))
+    assert found.tolist() == [float(place == np.argmax(LOGITS)) for place in range(len(LOGITS))]
+
+
+def test_a_token_that_the_model_rules_out_is_never_drawn() -> None:
+    logits = np.array([1, -np.inf, 1], np.float32)
+    assert probabilities(logits, SamplingOptions(temperature=1)).tolist() == [0.5, 0, 0.5]
+    assert chooser(SamplingOptions())(logits) == 0
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [([np.nan], "1 NaN and 0 inf"), ([np.inf], "0 NaN and 1 inf"), ([-np.inf] * 67, "67 infinite of 67")],
+)
+def test_logits_without_a_likeliest_token_fail(temperature: float, bad: list[float], told: str) -> None:
+    logits = LOGITS.copy()
+    logits[-len(bad) :] = bad
+    with pytest.raises(StageFailedError, match=f"{told}.* logits, so that no token is the likeliest"):
+        chooser(SamplingOptions(temperature=temperature))(logits)
 
 
 @pytest.mark.parametrize(

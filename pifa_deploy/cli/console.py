@@ -15,6 +15,9 @@ from typing import Any
 
 import click
 
+# How a gate ended; and the keys of proof.PRECISIONS, which --help need not import.
+MARKS = {True: "passed", False: "FAILED", None: "not decided"}
+PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")
 _FRAMES = "|/-\\"
 
 
@@ -152,9 +155,27 @@ Handler = Callable[..., Any]
 def json_option(command: Handler) -> Handler:
     """Adds `--json PATH` to a command."""
     option = click.option(
-        "--json", "json_path", type=click.Path(path_type=Path), help="Write the result as JSON (- for stdout)."
+        "--json",
+        "json_path",
+        type=click.Path(path_type=Path),
+        callback=writable,
+        help="Write the result as JSON (- for stdout).",
     )
     return option(command)
+
+
+def writable(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Refuses, as an option's callback, a file that could not be written once the work is done."""
+    if path is None or str(path) == "-" or context.resilient_parsing:
+        return path
+    from pifa_deploy.errors import OutputError
+    from pifa_deploy.output_folder import check_file
+
+    try:
+        check_file(path)
+    except OutputError as error:
+        raise click.BadParameter(str(error), context, parameter) from error
+    return path
 
 
 def force_option(command: Handler) -> Handler:

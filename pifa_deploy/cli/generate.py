@@ -51,7 +51,7 @@ def generate_command(
 
     An ONNX folder runs in ONNX Runtime, an engine on the GPU that it was built for.
     """
-    from pifa_deploy.generation import GenerateOptions, end_tokens, generate_text
+    from pifa_deploy.generation import GenerateOptions, end_tokens, generate_text, position_limit
     from pifa_deploy.model_folder import load_tokenizer
     from pifa_deploy.runners import open_runner
     from pifa_deploy.sampling import SamplingOptions
@@ -61,9 +61,10 @@ def generate_command(
     options = GenerateOptions(max_new_tokens=max_new_tokens, chat=chat, sampling=sampling)
     with console.stage(f"load {path}"):
         runner = open_runner(path, device=device, plugin_library=plugin)
-        folder = tokenizer or (path if path.is_dir() else path.parent)
+        own = path if path.is_dir() else path.parent
+        folder = tokenizer or own
         reader = load_tokenizer(folder)
-    limits = getattr(runner, "limits", None)
+    limits, positions = getattr(runner, "limits", None), position_limit(own)
     free = str(json_path) != "-"
     found = generate_text(
         runner,
@@ -72,12 +73,13 @@ def generate_command(
         options=options,
         ends=end_tokens(folder, reader),
         limits=limits,
+        positions=positions,
         show=_show if free else lambda piece: None,
     )
     if free:
         click.echo()
     console.result(found.to_json(), json_path)
-    for line in _remarks(found, limits):
+    for line in _remarks(found, limits, positions):
         click.echo(line, err=True)
 
 
@@ -94,7 +96,7 @@ def _show(piece: str) -> None:
     click.echo(piece, nl=False)  # click flushes
 
 
-def _remarks(found: Generated, limits: StepLimits | None) -> list[str]:
+def _remarks(found: Generated, limits: StepLimits | None, positions: int | None = None) -> list[str]:
     decode = found.decode_tokens_per_s
     lines = [
         f"prefill: {found.prompt_tokens} tokens, {console.number(found.prefill_tokens_per_s)} tokens/s; decode: "
@@ -104,5 +106,10 @@ def _remarks(found: Generated, limits: StepLimits | None) -> list[str]:
         lines.append(
             f"stopped after {len(found.token_ids)} tokens: the engine was built for {limits.past} tokens in the cache; "
             "build it again with a larger --max-cache-len"
+        )
+    if found.stop == "positions":
+        lines.append(
+            f"stopped after {len(found.token_ids)} tokens: with the {found.prompt_tokens} of the prompt they fill the "
+            f"{positions} positions that the model was made for (max_position_embeddings)"
         )
     return lines
