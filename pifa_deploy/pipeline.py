@@ -2,35 +2,52 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import os
 import shlex
-import subprocess
+import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pifa_deploy import __version__
-from pifa_deploy.errors import ExitCode, InputMissingError, MissingCapabilityError, PifaDeployError
-from pifa_deploy.output_folder import write_json
+from pifa_deploy.child_process import exit_status
+from pifa_deploy.environment import Environment, this_environment
+from pifa_deploy.errors import (
+    ExitCode,
+    InputMissingError,
+    MissingCapabilityError,
+    OutputExistsError,
+    PifaDeployError,
+)
 from pifa_deploy.pipeline_file import PipelineFile
-from pifa_deploy.pipeline_steps import Step
+from pifa_deploy.pipeline_record import JUDGED, STEPS_FILE, StepRecord
+from pifa_deploy.pipeline_report import REPORT
+from pifa_deploy.pipeline_step import Step
+from pifa_deploy.report import REPORT_JSON
 from pifa_deploy.targets import local_gpus
 
-STEPS_FILE = "steps.json"
-_SCHEMA = 1
-_JUDGED = (ExitCode.PASSED, ExitCode.GATE_FAILED, ExitCode.NOT_DECIDED)
+# A step that is interrupted removes what it had half written.
+_GRACE_S = 30.0
+_NOT_CURRENT = ", which is not there or not up to date"
+_LACKS = "this machine lacks something that it needs; its message is in the log"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of a step: its exit code, and whether it was not run because its output was there already."""
+    """What came of a step.
+
+    Attributes:
+        step: the step.
+        exit_code: of its process. An optional step that this machine lacks a library for has 3, and so has what would
+            need its output.
+        kept: whether it was not run because its output was there already.
+        undecided: why nothing that it wrote says what it did not decide, "" where that is not so.
+    """
 
     step: Step
     exit_code: int
     kept: bool
+    undecided: str = ""
 
 
 class StepFailedError(PifaDeployError):
@@ -54,63 +71,105 @@ def run_steps(
     others: Sequence[Step] = (),
     force: bool = False,
     say: Callable[[str], None],
+    environment: Callable[[], Environment] = this_environment,
 ) -> list[Outcome]:
     """Runs steps in the folder of the file, one process each; a step whose output stands for the same inputs is kept.
 
     Args:
         file: the pipeline.
         steps: as `steps_of` returns them.
-        others: those of the other stage: what they made earlier, and is up to date, may be read.
+        others: those of the other stage: what they made earlier, there or here, is read while it is up to date; what
+            needs one that is not is not decided.
         force: run every step again.
-        say: told each command before it runs, and what is kept.
+        say: told each command before it runs, what is kept and why not, and what of the other stage is not up to date.
+        environment: tells of this machine.
 
     Raises:
         InputMissingError: something that a step reads is neither there nor made by a step before.
         StepFailedError: a step failed; its exit code becomes this one's.
     """
     root = file.path.resolve().parent
-    record = root / file.output / STEPS_FILE
-    known = _read_record(record)
+    _check_needs(root, steps, others)
+    record = StepRecord(root, root / file.output / STEPS_FILE, environment)
     made = {step.output for step in (*steps, *others)}
-    current = {step.output for step in others if _is_current(root, step, step.arguments, known)}
-    outcomes = []
+    stale = _stale(root, record, others, say)
+    current = {step.output for step in others} - stale.keys()
+    lacking = set(stale)
+    outcomes: list[Outcome] = []
 
     def there(place: Path) -> bool:
         return (root / place).exists() and (place in current or place not in made)
 
     for step in steps:
-        _check_needs(root, step)
-        command = step.command(there)
-        kept = not force and _is_current(root, step, command, known)
-        code: int = known[str(step.output)]["exit_code"] if kept else ExitCode.PASSED
-        if kept:
-            say(f"kept {step.output}: {step.title}")
+        missing = lacking.intersection(step.needs)
+        if missing:
+            reason = f"needs {min(missing)}{_NOT_CURRENT if min(missing) in stale else ''}"
+            say(f"not decided {step.output}: {step.title} {reason}")
+            outcomes.append(Outcome(step=step, exit_code=ExitCode.NOT_DECIDED, kept=False, undecided=reason))
         else:
-            say(shlex.join(("pifa-deploy", *command)))
-            code = _run(root, step, command)
-            entry = {"key": _key(root, step, command), "exit_code": code}
-            known = {**known, str(step.output): entry}
-            write_json(record, {"schema": _SCHEMA, "artefact": "steps", "steps": known})
-        current.add(step.output)
-        outcomes.append(Outcome(step=step, exit_code=code, kept=kept))
+            told = _undecided(step, there, outcomes) if step.reports else ()
+            outcomes.append(_outcome(root, record, step, (*step.command(there), *told), force=force, say=say))
+        unmade = missing or (step.optional and outcomes[-1].exit_code == ExitCode.NOT_DECIDED)
+        (lacking if unmade else current).add(step.output)
+    record.save()
     return outcomes
 
 
+def _stale(root: Path, record: StepRecord, others: Sequence[Step], say: Callable[[str], None]) -> dict[Path, str]:
+    """Returns what the other stage made from anything else than it would now, with why."""
+    stale: dict[Path, str] = {}
+    for step in others:
+        change = record.change(step, step.arguments, elsewhere=True)
+        reason = change or next((f"{place} is not" for place in step.needs if place in stale), None)
+        if reason:
+            stale[step.output] = reason
+            if (root / step.output).exists():
+                say(f"not up to date {step.output}: {reason}")
+    return stale
+
+
+def _undecided(step: Step, there: Callable[[Path], bool], outcomes: Sequence[Outcome]) -> tuple[str, ...]:
+    """Returns arguments that tell a report what nothing else does."""
+    told = [(outcome.step.title, outcome.undecided) for outcome in outcomes if outcome.undecided]
+    told += [(gate.option.lstrip("-"), gate.otherwise) for gate in step.lacking(there)]
+    return tuple(part for title, reason in told for part in ("--undecided", f"{title}={reason}"))
+
+
+def _outcome(
+    root: Path, record: StepRecord, step: Step, command: Sequence[str], *, force: bool, say: Callable[[str], None]
+) -> Outcome:
+    """Keeps or makes a step's output; what its process prints goes to standard error."""
+    change = None if force or step.reports else record.change(step, command)
+    if change is None and not (force or step.reports):
+        say(f"kept {step.output}: {step.title}")
+        return Outcome(step=step, exit_code=record.exit_code(step), kept=True)
+    if change and (root / step.output).exists():
+        say(f"again {step.output}: {change}")
+    say(shlex.join(("pifa-deploy", *command)))
+    before = record.made_from(step, command)
+    code = _run(root, step, command)
+    lacks = code == ExitCode.NOT_DECIDED and (step.optional or not (root / step.output).exists())
+    if not (lacks and step.optional):
+        record.add(step, before, code)
+    return Outcome(step=step, exit_code=code, kept=False, undecided=_LACKS if lacks else "")
+
+
 def _run(root: Path, step: Step, command: Sequence[str]) -> int:
-    """Returns the exit code of a step that did what it is for; what it prints goes to standard error."""
+    """Returns the exit code of a step that did what it is for."""
     if step.judges and (root / step.output).is_file():
         # A step that cannot decide writes nothing: an earlier result must not stand for this one.
         (root / step.output).unlink()
-    process = [sys.executable, "-m", "pifa_deploy.cli.main", *command]
-    code = subprocess.run(process, cwd=root, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False).returncode
-    if code not in (_JUDGED if step.judges else (ExitCode.PASSED,)):
+    process = [sys.executable, "-m", "pifa_deploy.cli.step", *command]
+    code = exit_status(process, cwd=root, output=sys.stderr, grace_s=_GRACE_S)
+    optional = (ExitCode.NOT_DECIDED,) if step.optional else ()
+    if code not in (JUDGED if step.judges else (ExitCode.PASSED, *optional)):
         raise StepFailedError(step.title, command, code)
     return code
 
 
 def verdict(outcomes: Sequence[Outcome]) -> ExitCode:
     """Returns what a pipeline says: failed when a gate failed, else not decided when one was not, else passed."""
-    codes = {outcome.exit_code for outcome in outcomes if outcome.step.judges}
+    codes = {outcome.exit_code for outcome in outcomes if outcome.step.judges or outcome.exit_code}
     if not codes:
         return ExitCode.NOT_DECIDED
     return next((code for code in (ExitCode.GATE_FAILED, ExitCode.NOT_DECIDED) if code in codes), ExitCode.PASSED)
@@ -125,40 +184,33 @@ def require_gpu() -> None:
         )
 
 
-def _read_record(path: Path) -> dict[str, Any]:
-    """Returns output -> key and exit code of steps that ran; nothing where the record is not one of ours."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return dict(found["steps"]) if found["schema"] == _SCHEMA else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
+def _check_needs(root: Path, steps: Sequence[Step], others: Sequence[Step]) -> None:
+    """Raises InputMissingError for what a step needs that neither is there nor made by a step before.
+
+    What an optional step of the other stage did not make is no error either.
+    """
+    made = {step.output for step in others if step.optional}
+    for step in steps:
+        for place in step.needs:
+            if place not in made and ":" not in str(place) and not (root / place).exists():
+                raise InputMissingError(
+                    f"{place}: is not there, {step.title} needs it; make it, or bring the folder of --stage cpu here"
+                )
+        made.add(step.output)
 
 
-def _check_needs(root: Path, step: Step) -> None:
-    for place in step.needs:
-        if ":" not in str(place) and not (root / place).exists():
-            raise InputMissingError(
-                f"{place}: is not there, {step.title} needs it; make it, or bring the folder of --stage cpu here"
-            )
+def remove_report(file: PipelineFile) -> None:
+    """Removes an earlier run's report: after a run that fails it would pass for the report of that run.
 
-
-def _is_current(root: Path, step: Step, command: Sequence[str], known: Mapping[str, Any]) -> bool:
-    before = known.get(str(step.output), {})
-    return (root / step.output).exists() and before.get("key") == _key(root, step, command)
-
-
-def _key(root: Path, step: Step, command: Sequence[str]) -> str:
-    """Returns a hash of this program's version, a command, and every file that it names, also behind a NAME=."""
-    digest = hashlib.sha256(json.dumps([__version__, *command]).encode())
-    for argument in command:
-        for text in {argument, argument.partition("=")[2]} - {"", str(step.output)}:
-            place = root / text
-            if place.exists():
-                digest.update(f"{text}:{_stamp(place)}\n".encode())
-    return digest.hexdigest()
-
-
-def _stamp(place: Path) -> str:
-    """Returns size and time of every file at a place."""
-    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
-    return ";".join(f"{path.name},{path.stat().st_size},{path.stat().st_mtime_ns}" for path in files)
+    Raises:
+        OutputExistsError: what stands in its place is none.
+    """
+    place = Path(os.path.realpath(file.path.resolve().parent / file.output / REPORT))
+    if not place.exists() or (place.is_dir() and not any(place.iterdir())):
+        return
+    if not (place / REPORT_JSON).is_file():
+        raise OutputExistsError(f"{place} stands where the report goes and is none; remove it first")
+    old = place.with_name(f".{place.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    place.rename(old)
+    shutil.rmtree(old)

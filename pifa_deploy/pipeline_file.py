@@ -20,6 +20,10 @@
     text = ["news=news.txt"]
     [bench.equal-density]                  # one table each, over all variants or those named
     contenders = ["dense", "pifa"]
+    [bench.equal-density.gpu]              # what holds in one stage only
+    [bench.equal-density.cpu]
+    [tasks]                                # options of tasks and compare-tasks; the first variant is the reference
+    task = ["arc_easy"]
     [report]
 
 A table that is not there leaves its step out; a variant may have its own `export`, `verify` and `build`, whose keys
@@ -47,9 +51,11 @@ Table = Mapping[str, Any]
 
 _SOURCES = ("checkpoint", "import", "compress", "relayout")
 _OF_VARIANTS = ("export", "verify", "build")
-_TABLES = ("model", "output", "variants", *_OF_VARIANTS, "evaluate", "bench", "report")
+_TABLES = ("model", "output", "variants", *_OF_VARIANTS, "evaluate", "bench", "tasks", "report")
+_ARTEFACTS = ("checkpoint", "onnx")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _OUTPUT = "pifa-ci"
+STAGES = ("cpu", "gpu")
 _RESERVED = ("report", "evaluate.json", "steps.json")
 
 
@@ -76,10 +82,32 @@ class Variant:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchTable:
-    """One side-by-side measurement: its name, the variants in it, baseline first, and options."""
+    """One side-by-side measurement: its name, the variants in it, baseline first, and options.
+
+    Attributes:
+        options: of both stages.
+        cpu, gpu: of one, which go before the general ones.
+    """
 
     name: str
     contenders: tuple[str, ...]
+    options: Table
+    cpu: Table
+    gpu: Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class TasksTable:
+    """Tasks of lm-eval: the variants that solve them, reference first, in which form, and options.
+
+    Attributes:
+        contenders: at least two names.
+        artefact: "checkpoint" or "onnx", what of a variant solves the tasks.
+        options: of the commands tasks and compare-tasks.
+    """
+
+    contenders: tuple[str, ...]
+    artefact: str
     options: Table
 
 
@@ -94,6 +122,7 @@ class PipelineFile:
         variants: in the order of the file.
         evaluate, report: options; None leaves the step out.
         bench: tables of measurements.
+        tasks: tasks of lm-eval, None without.
     """
 
     path: Path
@@ -102,6 +131,7 @@ class PipelineFile:
     variants: tuple[Variant, ...]
     evaluate: Table | None
     bench: tuple[BenchTable, ...]
+    tasks: TasksTable | None
     report: Table | None
 
 
@@ -138,6 +168,7 @@ def read_pipeline(path: Path | str) -> PipelineFile:
         variants=found,
         evaluate=tables["evaluate"],
         bench=_bench(path, tables["bench"], found),
+        tasks=None if tables["tasks"] is None else _tasks(f"{path}: [tasks]", tables["tasks"], found),
         report=tables["report"],
     )
 
@@ -221,15 +252,43 @@ def _check_export(path: Path, variant: Variant) -> None:
 
 
 def _bench(path: Path, tables: Table | None, variants: Sequence[Variant]) -> tuple[BenchTable, ...]:
-    names, found = [variant.name for variant in variants], []
+    found = []
     for name in tables or {}:
         where = f"{path}: [bench.{_name(name, f'{path}: [bench]')}]"
         table = dict(_table(tables or {}, name, f"{path}: [bench]") or {})
-        contenders = table.pop("contenders", names)
-        if not isinstance(contenders, list) or not contenders or not all(one in names for one in contenders):
-            raise InputRefusedError(f"{where}: contenders is {contenders!r}, expected names out of {', '.join(names)}")
-        bare = [variant.name for variant in variants if variant.name in contenders and variant.export is None]
-        if bare:
-            raise InputRefusedError(f"{where}: {bare[0]} is measured as ONNX; add [export]")
-        found.append(BenchTable(name=name, contenders=tuple(contenders), options=table))
+        contenders = _contenders(where, table, variants)
+        _check_exported(f"{where}: {{}} is measured as ONNX", contenders, variants)
+        own = {stage: _table(table, stage, where) or {} for stage in STAGES}
+        options = {key: value for key, value in table.items() if key not in STAGES}
+        found.append(BenchTable(name=name, contenders=contenders, options=options, **own))
     return tuple(found)
+
+
+def _tasks(where: str, given: Table, variants: Sequence[Variant]) -> TasksTable:
+    table = dict(given)
+    contenders = _contenders(where, table, variants)
+    artefact = table.pop("artefact", _ARTEFACTS[0])
+    if artefact not in _ARTEFACTS:
+        raise InputRefusedError(f"{where}: artefact is {artefact!r}, expected one of {', '.join(_ARTEFACTS)}")
+    if not table.get("task"):
+        raise InputRefusedError(f"{where}: has no task, expected names of lm-eval tasks")
+    if len(contenders) < 2:
+        raise InputRefusedError(f"{where}: contenders is {list(contenders)}, expected a reference and one to compare")
+    if artefact == "onnx":
+        _check_exported(f"{where}: {{}} solves tasks as ONNX", contenders, variants)
+    return TasksTable(contenders=contenders, artefact=artefact, options=table)
+
+
+def _contenders(where: str, table: dict[str, Any], variants: Sequence[Variant]) -> tuple[str, ...]:
+    """Takes the names out of a table; all variants where it has none."""
+    names = [variant.name for variant in variants]
+    found = table.pop("contenders", names)
+    if not isinstance(found, list) or not found or not all(one in names for one in found):
+        raise InputRefusedError(f"{where}: contenders is {found!r}, expected names out of {', '.join(names)}")
+    return tuple(found)
+
+
+def _check_exported(message: str, contenders: Sequence[str], variants: Sequence[Variant]) -> None:
+    for variant in variants:
+        if variant.name in contenders and variant.export is None:
+            raise InputRefusedError(f"{message.format(variant.name)}; add [export]")

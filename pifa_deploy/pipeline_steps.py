@@ -2,60 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from pifa_deploy.compression.sparsity import PRUNING_METHODS
-from pifa_deploy.pipeline_file import BenchTable, PipelineFile, Table, Variant
+from pifa_deploy.errors import InputRefusedError
+from pifa_deploy.pipeline_file import BenchTable, PipelineFile, Table, TasksTable, Variant
+from pifa_deploy.pipeline_report import report_step
+from pifa_deploy.pipeline_step import CPU, GPU, PLUGIN, Arguments, Step, backend_of, checkpoint_of, place_of
 from pifa_deploy.targets import RTX
 
 # Options of [verify] that have a meaning for the other artefact only.
 _OF_THE_OTHER = {"onnx": ("plugin",), "engine": ("source", "level", "bisect")}
 _DEVICES = {"onnx": "cpu", "engine": "cuda"}
-
-# (command, table of options, where the table stands) -> arguments; raises InputRefusedError for a bad table.
-Arguments = Callable[[str, Table, str], list[str]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Step:
-    """One command.
-
-    Attributes:
-        title: what it does, for people.
-        arguments: of `pifa-deploy`.
-        output: file or folder that it makes.
-        needs: files and folders that it cannot do without.
-        reads_too: (option, label or "", file or folder): given to the command where they are there and up to date.
-        judges: whether it decides something: exit codes 1 and 3 are then results and the pipeline goes on.
-    """
-
-    title: str
-    arguments: tuple[str, ...]
-    output: Path
-    needs: tuple[Path, ...] = ()
-    reads_too: tuple[tuple[str, str, Path], ...] = ()
-    judges: bool = False
-
-    def command(self, there: Callable[[Path], bool]) -> tuple[str, ...]:
-        """Returns the arguments of `pifa-deploy`, with those of `reads_too` for which `there` holds."""
-        found = [(flag, label, place) for flag, label, place in self.reads_too if there(place)]
-        named = [(flag, f"{label}={place}" if label else str(place)) for flag, label, place in found]
-        return (*self.arguments, *(part for pair in named for part in pair))
+# Options of [bench.NAME] that ask about a GPU or its engines, and figures that two machines do not have in common.
+_OF_GPUS = ("target", "cuda-graph", "launch-us", "require-precision", "require-plugin", "require-sparse")
+_OF_ONE_MACHINE = ("bandwidth", "peak-tflops")
 
 
 def steps_of(file: PipelineFile, stage: str, arguments: Arguments) -> list[Step]:
     """Returns the steps of a stage in order.
 
-    "cpu" makes the checkpoints, exports, verifies in ONNX Runtime, builds what builds without a GPU, evaluates and
-    measures on the CPU. "gpu" takes what "cpu" left: it builds engines that need this machine, verifies and measures
-    them.
+    "cpu" makes the checkpoints, exports, verifies in ONNX Runtime, builds what builds without a GPU, evaluates, solves
+    tasks and measures on the CPU. "gpu" takes what "cpu" left: it builds engines that need this machine, verifies and
+    measures them.
 
     Raises:
         InputRefusedError: a table of options has an unknown key or a value that the command does not take.
     """
-    return [*(_cpu_steps if stage == "cpu" else _gpu_steps)(file, arguments), *_report(file, arguments)]
+    steps = [*(_cpu_steps if stage == "cpu" else _gpu_steps)(file, arguments)]
+    return steps if file.report is None else [*steps, report_step(file, stage, arguments)]
 
 
 def _cpu_steps(file: PipelineFile, arguments: Arguments) -> Iterator[Step]:
@@ -63,13 +38,13 @@ def _cpu_steps(file: PipelineFile, arguments: Arguments) -> Iterator[Step]:
         yield from _making(file, variant, arguments)
         if variant.export is None:
             continue
-        yield _step(file, variant, "export", (_checkpoint(file, variant),), arguments)
+        yield _step(file, variant, "export", (checkpoint_of(file, variant),), arguments)
         if variant.verify is not None:
             yield _verify(file, variant, "onnx", arguments)
-        if variant.build is not None and _backend(variant) == RTX:
-            yield _step(file, variant, "build", (_place(file, variant.name, "onnx"),), arguments)
+        if variant.build is not None and backend_of(variant) == RTX:
+            yield _step(file, variant, "build", (place_of(file, variant.name, "onnx"),), arguments)
     if file.evaluate is not None:
-        places = {variant.name: _checkpoint(file, variant) for variant in file.variants}
+        places = {variant.name: checkpoint_of(file, variant) for variant in file.variants}
         output = file.output / "evaluate.json"
         options = arguments("evaluate", file.evaluate, f"{file.path}: [evaluate]")
         yield Step(
@@ -78,6 +53,8 @@ def _cpu_steps(file: PipelineFile, arguments: Arguments) -> Iterator[Step]:
             output=output,
             needs=tuple(places.values()),
         )
+    if file.tasks is not None:
+        yield from _tasks(file, file.tasks, arguments)
     for table in file.bench:
         yield _measure(file, table, "onnx", arguments)
 
@@ -86,8 +63,8 @@ def _gpu_steps(file: PipelineFile, arguments: Arguments) -> Iterator[Step]:
     for variant in file.variants:
         if variant.build is None:
             continue
-        if _backend(variant) != RTX:
-            yield _step(file, variant, "build", (_place(file, variant.name, "onnx"),), arguments)
+        if backend_of(variant) != RTX:
+            yield _step(file, variant, "build", (place_of(file, variant.name, "onnx"),), arguments)
         if variant.verify is not None:
             yield _verify(file, variant, "engine", arguments)
     for table in file.bench:
@@ -99,8 +76,8 @@ def _making(file: PipelineFile, variant: Variant, arguments: Arguments) -> Itera
         return
     source = Path(str(file.dense) if variant.source == "compress" else variant.place)
     if variant.source == "relayout":
-        source = _checkpoint(file, next(other for other in file.variants if other.name == variant.place))
-    output = _place(file, variant.name, "checkpoint")
+        source = checkpoint_of(file, next(other for other in file.variants if other.name == variant.place))
+    output = place_of(file, variant.name, "checkpoint")
     options = arguments(variant.source, variant.options, f"{file.path}: [variants.{variant.name}]: {variant.source}")
     yield Step(
         title=f"{variant.source} {variant.name}",
@@ -111,7 +88,7 @@ def _making(file: PipelineFile, variant: Variant, arguments: Arguments) -> Itera
 
 
 def _step(file: PipelineFile, variant: Variant, command: str, inputs: tuple[Path, ...], arguments: Arguments) -> Step:
-    output = _place(file, variant.name, {"export": "onnx", "build": "engine"}[command])
+    output = place_of(file, variant.name, {"export": "onnx", "build": "engine"}[command])
     table: Table = getattr(variant, command)
     options = arguments(command, table, f"{file.path}: [{command}] of {variant.name}")
     return Step(
@@ -119,13 +96,15 @@ def _step(file: PipelineFile, variant: Variant, command: str, inputs: tuple[Path
         arguments=(command, *map(str, inputs), str(output), "--force", *options),
         output=output,
         needs=inputs,
+        optional=command == "build",
+        depends_on=_builder(variant) if command == "build" else (),
     )
 
 
 def _verify(file: PipelineFile, variant: Variant, artefact: str, arguments: Arguments) -> Step:
-    onnx, reference = _place(file, variant.name, "onnx"), _checkpoint(file, variant)
-    engine = (_place(file, variant.name, "engine"),) if artefact == "engine" else ()
-    output = _place(file, variant.name, f"verify-{artefact}.json")
+    onnx, reference = place_of(file, variant.name, "onnx"), checkpoint_of(file, variant)
+    engine = (place_of(file, variant.name, "engine"),) if artefact == "engine" else ()
+    output = place_of(file, variant.name, f"verify-{artefact}.json")
     table = {key: value for key, value in (variant.verify or {}).items() if key not in _OF_THE_OTHER[artefact]}
     options = arguments("verify", table, f"{file.path}: [verify] of {variant.name}")
     asked = [part for place in engine for part in ("--engine", str(place))]
@@ -135,71 +114,80 @@ def _verify(file: PipelineFile, variant: Variant, artefact: str, arguments: Argu
         output=output,
         needs=(onnx, reference, *engine),
         judges=True,
+        depends_on=_runtimes(artefact, [variant]),
     )
 
 
 def _measure(file: PipelineFile, table: BenchTable, artefact: str, arguments: Arguments) -> Step:
-    places = {name: _place(file, name, artefact) for name in table.contenders}
+    places = {name: place_of(file, name, artefact) for name in table.contenders}
     output = file.output / f"bench-{table.name}-{artefact}.json"
-    options = arguments("bench", table.options, f"{file.path}: [bench.{table.name}]")
+    where = f"{file.path}: [bench.{table.name}]"
+    options = arguments("bench", _bench_options(table, artefact, where), where)
+    variants = [variant for variant in file.variants if variant.name in table.contenders]
     return Step(
         title=f"bench {table.name} {artefact}",
         arguments=("bench", *_labelled(places), "--device", _DEVICES[artefact], *options, "--json", str(output)),
         output=output,
         needs=tuple(places.values()),
         judges=True,
+        depends_on=(*_runtimes(artefact, variants), CPU),
     )
 
 
-def _report(file: PipelineFile, arguments: Arguments) -> Iterator[Step]:
-    if file.report is None:
-        return
-    inputs: list[tuple[str, str, Path]] = []
-    for variant in file.variants:
-        name = variant.name
-        if variant.verify is not None:
-            inputs.append(("--verify", name, _place(file, name, "verify-onnx.json")))
-        if variant.build is not None:
-            inputs.append(("--engine", name, _place(file, name, "engine")))
-            if variant.verify is not None:
-                inputs.append(("--verify", f"{name} engine", _place(file, name, "verify-engine.json")))
-        if _has_ranks(variant):
-            inputs.append(("--checkpoint", name, _checkpoint(file, variant)))
-    if file.evaluate is not None:
-        inputs.append(("--evaluate", "", file.output / "evaluate.json"))
-    for table in file.bench:
-        for label, artefact in ((table.name, "onnx"), (f"{table.name} engines", "engine")):
-            inputs.append(("--bench", label, file.output / f"bench-{table.name}-{artefact}.json"))
-    output = file.output / "report"
-    options = arguments("report", file.report, f"{file.path}: [report]")
-    yield Step(
-        title="report",
-        arguments=("report", "--out", str(output), "--force", *options),
-        output=output,
-        reads_too=tuple(inputs),
-        judges=True,
-    )
+def _bench_options(table: BenchTable, artefact: str, where: str) -> Table:
+    """Returns what holds in one stage: the general options but those about GPUs, then those of the stage."""
+    for key in _among(_OF_ONE_MACHINE, table.options):
+        raise InputRefusedError(f"{where}: {key} is of one machine; give it in [bench.{table.name}.cpu] or .gpu")
+    for key in _among(_OF_GPUS, table.cpu):
+        raise InputRefusedError(f"{where}: {key} in .cpu is about a GPU; give it in [bench.{table.name}] or .gpu")
+    if artefact == "engine":
+        return {**table.options, **table.gpu}
+    idle = _among(_OF_GPUS, table.options)
+    return {**{key: value for key, value in table.options.items() if key not in idle}, **table.cpu}
+
+
+def _among(names: tuple[str, ...], table: Table) -> list[str]:
+    return [key for key in table if key.replace("_", "-") in names]
+
+
+def _builder(variant: Variant) -> tuple[str, ...]:
+    backend = backend_of(variant)
+    plugin = (PLUGIN,) if (variant.build or {}).get("plugin") else ()
+    return (backend.replace("-", "_"), *(() if backend == RTX else (GPU,)), *plugin)
+
+
+def _runtimes(artefact: str, variants: Sequence[Variant]) -> tuple[str, ...]:
+    if artefact == "onnx":
+        return ("torch", "onnxruntime")
+    backends = {backend_of(variant).replace("-", "_") for variant in variants}
+    plugin = any((variant.build or {}).get("plugin") for variant in variants)
+    return (*sorted(backends), GPU, *((PLUGIN,) if plugin else ()))
+
+
+def _tasks(file: PipelineFile, table: TasksTable, arguments: Arguments) -> Iterator[Step]:
+    where, places = f"{file.path}: [tasks]", {variant.name: checkpoint_of(file, variant) for variant in file.variants}
+    solving, comparing = (arguments(command, table.options, where) for command in ("tasks", "compare-tasks"))
+    for name in table.contenders:
+        place = places[name] if table.artefact == "checkpoint" else place_of(file, name, "onnx")
+        output = place_of(file, name, "tasks")
+        yield Step(
+            title=f"tasks {name}",
+            arguments=("tasks", str(place), str(output), "--force", *solving),
+            output=output,
+            needs=(place,),
+            optional=True,
+        )
+    reference, *others = (place_of(file, name, "tasks") for name in table.contenders)
+    for candidate in others:
+        output = candidate.with_suffix(".json")
+        yield Step(
+            title=f"compare-tasks {candidate.parent.name}",
+            arguments=("compare-tasks", str(reference), str(candidate), *comparing, "--json", str(output)),
+            output=output,
+            needs=(reference, candidate),
+            judges=True,
+        )
 
 
 def _labelled(places: Mapping[str, Path]) -> list[str]:
     return [f"{name}={place}" for name, place in places.items()]
-
-
-def _has_ranks(variant: Variant) -> bool:
-    return variant.source in ("import", "relayout") or (
-        variant.source == "compress" and variant.options.get("method") not in PRUNING_METHODS
-    )
-
-
-def _place(file: PipelineFile, variant: str, artefact: str) -> Path:
-    return file.output / variant / artefact
-
-
-def _checkpoint(file: PipelineFile, variant: Variant) -> Path:
-    if variant.source == "dense":
-        return Path(str(file.dense))
-    return Path(variant.place) if variant.source == "checkpoint" else _place(file, variant.name, "checkpoint")
-
-
-def _backend(variant: Variant) -> str:
-    return str((variant.build or {}).get("backend", RTX))

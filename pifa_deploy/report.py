@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from pifa_deploy import __version__
+from pifa_deploy.json_shape import validate
 from pifa_deploy.output_folder import new_folder, write_json, write_text
 from pifa_deploy.proof import ProofGates
 from pifa_deploy.report_html import html_page
 from pifa_deploy.report_junit import junit_xml
 from pifa_deploy.report_markdown import markdown
 from pifa_deploy.report_regression import regressions
-from pifa_deploy.report_schema import REPORT, SCHEMA, validate
+from pifa_deploy.report_schema import REPORT, SCHEMA
 from pifa_deploy.report_stages import KINDS, Source, check_schema, read_json, read_source
 from pifa_deploy.report_variants import figures_of
 
@@ -40,6 +41,7 @@ class ReportOptions:
         gates: what the engines must contain.
         baseline: report.json of an earlier report, whose figures stand beside those of this one.
         max_regression: largest relative worsening of such a figure that passes; None judges none.
+        undecided: (title, reason) of what was to be decided and left no result.
     """
 
     sources: tuple[Source, ...]
@@ -48,6 +50,7 @@ class ReportOptions:
     gates: ProofGates = field(default_factory=ProofGates)
     baseline: Path | None = None
     max_regression: float | None = None
+    undecided: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         """Raises ValueError for no source at all, two of one kind with the same name, or a limit on nothing."""
@@ -56,8 +59,9 @@ class ReportOptions:
                 f"max_regression is {self.max_regression} with {self.baseline or 'no baseline'}, expected a share of at"
                 " least 0 and an earlier report"
             )
-        if not self.sources:
-            raise ValueError("there is nothing to report; give --verify, --bench, --evaluate, --engine or --checkpoint")
+        if not self.sources and not self.undecided:
+            *some, last = (f"--{kind}" for kind in KINDS)
+            raise ValueError(f"there is nothing to report; give {', '.join(some)} or {last}")
         seen: dict[tuple[str, str], Path] = {}
         for source in self.sources:
             other = seen.setdefault((source.kind, source.name), source.path)
@@ -81,6 +85,9 @@ def make_report(options: ReportOptions) -> Json:
     if before and options.max_regression is not None:
         decisions = regressions(before, figures, stages, options.max_regression)
         gates += [{"stage": "baseline", "label": before["title"], **decision} for decision in decisions]
+    for title, reason in options.undecided:
+        gate = {"name": "result", "value": None, "limit": None, "passed": None, "reason": reason}
+        gates.append({"stage": "ci", "label": title, **gate})
     report = {
         "artefact": "report",
         "schema": SCHEMA,

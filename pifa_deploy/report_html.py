@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from pifa_deploy.report_layers import layer_maps
 from pifa_deploy.report_plots import Bar, Point, key_mark, ranges, scatter
+from pifa_deploy.report_quality import parity_tables, perplexity_table, tasks_tables
 from pifa_deploy.report_tables import (
     Table,
     changes_table,
@@ -22,12 +23,11 @@ from pifa_deploy.report_tables import (
     figures_tables,
     gates_tables,
     latency_tables,
-    parity_tables,
-    perplexity_table,
     rivals_table,
     summary,
     widest_bench,
 )
+from pifa_deploy.report_times import Profile, profiles_of
 from pifa_deploy.report_variants import Variant, cases_of, main_cases, texts_of, variants_of
 
 _PAGE = Path(__file__).with_name("report_page")
@@ -63,12 +63,14 @@ def html_page(report: Json) -> str:
         bounded=any(timing.bound_ms for variant in variants for timing in variant.times.values()),
         speed_ups=_speed_ups(report, variants),
         layers=[_figure(title, svg) for title, svg in layer_maps(stages)],
+        profiles=[_profile(profile) for profile in profiles_of(report)],
         main=_filled(*figures_tables(report)),
         rivals=_filled(rivals_table(report)),
         gates=_filled(*gates_tables(report)),
         changes=_filled(changes_table(report)),
         latency=_filled(*latency_tables(report)),
         perplexity=_filled(perplexity_table(report)),
+        tasks=_filled(*tasks_tables(report)),
         parity=_filled(*parity_tables(report)),
         engines=_filled(engines_table(report)),
         environments=_filled(*map(environment_table, stages["bench"])),
@@ -82,6 +84,11 @@ def _filled(*tables: Table) -> list[Table]:
 
 def _figure(title: str, svg: str) -> Figure:
     return {"title": title, "svg": Markup(svg)}
+
+
+def _profile(profile: Profile) -> Figure:
+    figures = [_figure(title, svg) for title, svg in profile.maps]
+    return {"title": profile.title, "table": profile.table, "figures": figures}
 
 
 def _families(variants: list[Variant]) -> list[Figure]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from html import escape
 from typing import Any
 
+from pifa_deploy.report_quality import parity_tables, perplexity_table, tasks_tables
 from pifa_deploy.report_tables import (
     Table,
     changes_table,
@@ -16,8 +17,6 @@ from pifa_deploy.report_tables import (
     figures_tables,
     gates_tables,
     latency_tables,
-    parity_tables,
-    perplexity_table,
     rivals_table,
     summary,
 )
@@ -45,6 +44,7 @@ def markdown(report: Json) -> str:
     folded = [
         _folded("Gates that passed", [table for table in several if table not in open_ones]),
         _folded("Perplexity with intervals", [perplexity_table(report)]),
+        _folded("Tasks", tasks_tables(report)),
         _folded("Latency", latency_tables(report)),
         _folded("Parity", parity_tables(report)),
         _folded("Engines", [engines_table(report)]),

@@ -12,13 +12,18 @@ from typing import Any
 from pifa_deploy.checkpoint import is_checkpoint, validate
 from pifa_deploy.engine_record import ENGINE_JSON, read_engine_json
 from pifa_deploy.errors import InputMissingError, InputRefusedError
+from pifa_deploy.json_shape import validate as validate_shape
 from pifa_deploy.proof import ProofGates, judge_proof, prove
 from pifa_deploy.report_schema import CONTENTS
-from pifa_deploy.report_schema import validate as validate_shape
 
 KINDS = tuple(CONTENTS)
-_ARTEFACTS = {"verify": (None, "verify", "verification"), "bench": ("bench",), "evaluate": ("evaluation",)}
-_WRITERS = {"verify": "verify --json", "bench": "bench --json", "evaluate": "evaluate --json"}
+_ARTEFACTS = {
+    "verify": (None, "verify", "verification"),
+    "bench": ("bench",),
+    "evaluate": ("evaluation",),
+    "tasks": ("compare-tasks",),
+}
+_WRITERS = {**{kind: f"{kind} --json" for kind in ("verify", "bench", "evaluate")}, "tasks": "compare-tasks --json"}
 _SCHEMA = 1
 
 

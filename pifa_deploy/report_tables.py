@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -141,21 +140,6 @@ def figures_table(report: Json) -> Table:
     return Table(title="Main figures", columns=tuple(columns), rows=tuple(rows), note=note)
 
 
-def perplexity_table(report: Json) -> Table:
-    """Returns one row a variant and text: perplexity and its ratio, with intervals."""
-    stages = report["stages"]
-    # Named as they were evaluated where several benches have them.
-    alone = {**stages, "bench": []} if len(stages["bench"]) > 1 else stages
-    rows = [
-        (variant.name, text, interval(estimate, 4), interval(variant.ratio.get(text)))
-        for variant in variants_of(alone)
-        for text, estimate in variant.perplexity.items()
-    ]
-    columns = ("model", "text", "perplexity [95 %]", "× first model [95 %]")
-    note = "Windows of a text are taken as independent; the ratio is paired window by window."
-    return Table(title="Perplexity", columns=columns, rows=tuple(rows), note=note)
-
-
 def latency_tables(report: Json) -> list[Table]:
     """Returns one table a case."""
     tables = []
@@ -198,58 +182,6 @@ def rivals_table(report: Json) -> Table:
             rows.append((case, variant.contender, named, *times, interval(gain)))
     columns = ("case", "PIFA", "faster of dense and 2:4", "its ms", "PIFA ms", "speed-up [95 %]")
     return Table(title="PIFA against the faster of dense and 2:4", columns=columns, rows=tuple(rows))
-
-
-def parity_tables(report: Json) -> list[Table]:
-    """Returns one table a verification: its cases, all of them together, and the low-rank pair beside them."""
-    tables = []
-    for entry in report["stages"]["verify"]:
-        content = entry["content"]
-        shown = [*content.get("cases", ()), content.get("overall"), content.get("low_rank")]
-        names = [each["name"] for each in content.get("cases", ())] + ["overall", "low-rank pair, same dtype"]
-        rows = tuple(
-            (
-                name,
-                number(each["positions"]),
-                number(each["max_abs"], 3),
-                number(each["mean_kl"], 3),
-                number(each["p999_kl"], 3),
-                percent(each["top1"], 2),
-                interval(_with_ends(each, "delta_nll")),
-            )
-            for name, each in zip(names, shown, strict=True)
-            if each
-        )
-        columns = ("case", "positions", "max |difference|", "mean KL", "p99.9 KL", "same best token", "Δ NLL [95 %]")
-        title = f"{entry['label']} ({content['dtype']})"
-        tables.append(Table(title=title, columns=columns, rows=_merged(rows), note=_bisected(content)))
-    return tables
-
-
-def _bisected(content: Json) -> str:
-    """Returns where a failed verification found the first wrong part."""
-    found = content.get("bisection")
-    line = found.get("line") if isinstance(found, Mapping) else None
-    return str(line) if line and content["passed"] is False else ""
-
-
-def _with_ends(figures: Json, name: str) -> Estimate | None:
-    """Returns a figure and, where they are stated, the ends of its interval."""
-    if figures.get(name) is None:
-        return None
-    return Estimate(value=figures[name], low=figures.get(f"{name}_low"), high=figures.get(f"{name}_high"))
-
-
-def _merged(rows: tuple[tuple[str, ...], ...], most: int = 6) -> tuple[tuple[str, ...], ...]:
-    """Leaves out the middle of a long run of cases of one kind, such as decode steps; report.json has them all."""
-    found: list[tuple[str, ...]] = []
-    for kind, group in itertools.groupby(rows, key=lambda row: row[0].partition(" ")[0]):
-        run = list(group)
-        if len(run) > most:
-            gap = (f"… {len(run) - 4} more of {kind} in report.json", *[""] * (len(run[0]) - 1))
-            run = [*run[:2], gap, *run[-2:]]
-        found += run
-    return tuple(found)
 
 
 def engines_table(report: Json) -> Table:

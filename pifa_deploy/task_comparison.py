@@ -6,11 +6,9 @@ difference is judged with the pairs, and is surer by far than the difference of 
 
 from __future__ import annotations
 
-import json
 import math
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,16 @@ from typing import Any
 from scipy.stats import binomtest, norm
 
 from pifa_deploy.errors import InputMissingError, InputRefusedError
+from pifa_deploy.task_samples import read_samples, sample_files
 
 METRICS = ("acc_norm", "acc", "exact_match", "em")
-_SAMPLES = re.compile(r"samples_(?P<task>.+)_\d{4}-\d\d-\d\dT[^_]*\.jsonl")
+ALL_TASKS = "all tasks"
+# Hashes in a sample: what must be the same in both runs.
+_SAME = {
+    "doc_hash": "is another one in each run; use the same data set",
+    "prompt_hash": "was asked in other words in each run; use the same --num_fewshot, chat template and task file",
+    "target_hash": "has another answer in each run; use the same task file",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +35,18 @@ class TaskOptions:
     Attributes:
         tasks: names; all that both runs have when empty.
         metric: the samples' field that is 0 or 1; the first of METRICS that both have when None.
+        filter: which of a task's ways to read an answer counts; its first one when None.
         margin: largest loss of accuracy that counts as none.
         confidence: of the intervals; the decision is made at one side of it.
+        pooled: decide about the examples of all tasks together instead of task by task.
     """
 
     tasks: tuple[str, ...] = ()
     metric: str | None = None
+    filter: str | None = None
     margin: float = 0.01
     confidence: float = 0.95
+    pooled: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for a margin or confidence out of range."""
@@ -81,39 +90,6 @@ class PairedAccuracy:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskReport:
-    """All tasks; true when no accuracy was lost in any."""
-
-    tasks: tuple[PairedAccuracy, ...]
-    options: TaskOptions = field(default_factory=TaskOptions)
-
-    @property
-    def passed(self) -> bool | None:
-        """False when a task lost more than the margin, else None when one is not decided, else True."""
-        found = {task.passed(self.options.margin) for task in self.tasks}
-        return False if False in found else None if None in found else True
-
-    def __bool__(self) -> bool:
-        return self.passed is True
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the report as JSON values."""
-        margin = self.options.margin
-        decisions = [
-            {"name": f"{task.task}.{task.metric}", "value": task.low, "limit": -margin, "passed": task.passed(margin)}
-            for task in self.tasks
-        ]
-        return {
-            "artefact": "compare-tasks",
-            "schema": 1,
-            "passed": self.passed,
-            "options": asdict(self.options),
-            "tasks": [asdict(task) for task in self.tasks],
-            "decisions": decisions,
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
 class Pairs:
     """How often two runs agree.
 
@@ -128,6 +104,13 @@ class Pairs:
     lost: int
     won: int
     neither: int
+
+    @staticmethod
+    def together(parts: Iterable[Pairs]) -> Pairs:
+        """Returns the counts of several tasks together."""
+        counts = [(part.both, part.lost, part.won, part.neither) for part in parts]
+        both, lost, won, neither = map(sum, zip(*counts, strict=True))
+        return Pairs(both=both, lost=lost, won=won, neither=neither)
 
     @property
     def examples(self) -> int:
@@ -149,6 +132,41 @@ class Pairs:
         lost, won = (self.lost + 1) / size, (self.won + 1) / size
         spread = float(norm.ppf((1 + confidence) / 2)) * math.sqrt((lost + won - (won - lost) ** 2) / size)
         return max(won - lost - spread, -1.0), min(won - lost + spread, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskReport:
+    """All tasks, and their examples together; true when no accuracy was lost."""
+
+    tasks: tuple[PairedAccuracy, ...]
+    overall: PairedAccuracy
+    options: TaskOptions = field(default_factory=TaskOptions)
+
+    @property
+    def judged(self) -> tuple[PairedAccuracy, ...]:
+        """What is decided about."""
+        return (self.overall,) if self.options.pooled else self.tasks
+
+    @property
+    def passed(self) -> bool | None:
+        """False when more than the margin was lost in one, else None when one is not decided, else True."""
+        found = {each.passed(self.options.margin) for each in self.judged}
+        return False if False in found else None if None in found else True
+
+    def __bool__(self) -> bool:
+        return self.passed is True
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report as JSON values."""
+        return {
+            "artefact": "compare-tasks",
+            "schema": 1,
+            "passed": self.passed,
+            "options": asdict(self.options),
+            "tasks": [asdict(task) for task in self.tasks],
+            "overall": asdict(self.overall),
+            "decisions": [_decision(each, self.options.margin) for each in self.judged],
+        }
 
 
 def pairs_of(reference: Sequence[bool], candidate: Sequence[bool]) -> Pairs:
@@ -174,49 +192,58 @@ def compare_tasks(reference: Path | str, candidate: Path | str, options: TaskOpt
         options: see TaskOptions.
 
     Raises:
-        InputMissingError: no samples of a task.
-        InputRefusedError: malformed, other examples, or a metric that is not 0 or 1.
+        InputMissingError: no samples of a task, or none under the filter.
+        InputRefusedError: malformed, samples of several models, other examples or prompts, or a metric that is not
+            0 or 1.
     """
-    runs = [_sample_files(Path(place)) for place in (reference, candidate)]
+    places = (Path(reference), Path(candidate))
+    runs = [_run(place) for place in places]
     shared = sorted(runs[0].keys() & runs[1].keys())
     for task in options.tasks:
-        for place, run in zip((reference, candidate), runs, strict=True):
+        for place, run in zip(places, runs, strict=True):
             if task not in run:
                 raise InputMissingError(
-                    f"{place}: has no samples_{task}_DATE.jsonl, only {', '.join(sorted(run))}; run lm-eval with "
-                    "--log_samples"
+                    f"{place}: has no samples_{task}_DATE.jsonl, only {', '.join(sorted(run))}; name one of these, or "
+                    "run lm-eval with --log_samples"
                 )
     if not shared:
         raise InputMissingError(f"{reference} and {candidate} have no task in common; run lm-eval on the same tasks")
-    chosen = options.tasks or tuple(shared)
-    return TaskReport(tasks=tuple(_compare(task, runs, options) for task in chosen), options=options)
+    found = {task: _pairs(task, [run[task] for run in runs], options) for task in options.tasks or shared}
+    tasks = tuple(_paired(task, metric, pairs, options) for task, (metric, pairs) in found.items())
+    metrics = "/".join(dict.fromkeys(task.metric for task in tasks))
+    overall = _paired(ALL_TASKS, metrics, Pairs.together(pairs for _, pairs in found.values()), options)
+    return TaskReport(tasks=tasks, overall=overall, options=options)
 
 
-def _sample_files(place: Path) -> dict[str, Path]:
-    """Returns task -> its newest samples file; the name is samples_TASK_2026-01-31T12-00-00.000000.jsonl."""
+def _run(place: Path) -> dict[str, Path]:
     if not place.exists():
         raise InputMissingError(f"{place}: no such file or folder; give what lm-eval's --output_path wrote")
-    files = [place] if place.is_file() else sorted(place.rglob("samples_*.jsonl"), key=lambda path: path.name)
-    found = {match["task"]: path for path in files if (match := _SAMPLES.fullmatch(path.name))}
+    found = sample_files(place)
     if not found:
         raise InputMissingError(f"{place}: has no samples_TASK_DATE.jsonl; run lm-eval with --log_samples")
     return found
 
 
-def _compare(task: str, runs: Sequence[dict[str, Path]], options: TaskOptions) -> PairedAccuracy:
-    samples = [_read(run[task]) for run in runs]
+def _pairs(task: str, files: Sequence[Path], options: TaskOptions) -> tuple[str, Pairs]:
+    """Returns the metric, and who has which examples right."""
+    samples = [read_samples(file, options.filter) for file in files]
     missing = samples[0].keys() ^ samples[1].keys()
     if missing:
         raise InputRefusedError(
             f"{task}: {len(missing)} examples are in one run only, such as {min(missing)}; use the same --limit"
         )
-    for key, sample in samples[0].items():
-        if sample.get("doc_hash") != samples[1][key].get("doc_hash"):
-            raise InputRefusedError(f"{task}: example {key} is another one in each run; use the same data set")
+    for field_name, advice in _SAME.items():
+        for key, sample in samples[0].items():
+            hashes = {sample.get(field_name), samples[1][key].get(field_name)}
+            if len(hashes - {None}) > 1:
+                raise InputRefusedError(f"{task}: example {key} {advice}")
     metric = options.metric or _metric(task, samples)
     keys = sorted(samples[0])
     right = [[_right(run[key], metric, f"{task}: example {key}") for key in keys] for run in samples]
-    pairs = pairs_of(*right)
+    return metric, pairs_of(*right)
+
+
+def _paired(task: str, metric: str, pairs: Pairs, options: TaskOptions) -> PairedAccuracy:
     low, high = pairs.interval(options.confidence)
     return PairedAccuracy(
         task=task,
@@ -233,26 +260,21 @@ def _compare(task: str, runs: Sequence[dict[str, Path]], options: TaskOptions) -
     )
 
 
-def _read(path: Path) -> dict[tuple[int, str], dict[str, Any]]:
-    """Returns (doc_id, filter) -> sample; one line is one example under one filter."""
-    found: dict[tuple[int, str], dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            sample = json.loads(line)
-            key = int(sample["doc_id"]), str(sample.get("filter", "none"))
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputRefusedError(
-                f"{path}: line {number} is no sample of lm-eval ({type(error).__name__}: {error}); run it again"
-            ) from None
-        if key in found:
-            raise InputRefusedError(f"{path}: line {number} repeats example {key}; give the samples of one run")
-        found[key] = sample
-    # Of several filters the first one counts, as in lm-eval's tables.
-    first = next((name for _, name in found), "none")
-    return {key: sample for key, sample in found.items() if key[1] == first}
+def _decision(found: PairedAccuracy, margin: float) -> dict[str, Any]:
+    passed = found.passed(margin)
+    reason = None
+    if passed is None:
+        reason = f"too few examples: the interval {found.low:.4f} to {found.high:.4f} has the limit inside"
+    return {
+        "name": f"{found.task}.{found.metric}",
+        "value": found.low,
+        "limit": -margin,
+        "passed": passed,
+        "reason": reason,
+    }
 
 
-def _metric(task: str, samples: Sequence[dict[tuple[int, str], dict[str, Any]]]) -> str:
+def _metric(task: str, samples: Sequence[dict[int, dict[str, Any]]]) -> str:
     known = [set.intersection(*(set(sample) for sample in run.values())) if run else set() for run in samples]
     metric = next((name for name in METRICS if all(name in names for names in known)), None)
     if metric is None:

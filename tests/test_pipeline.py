@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,14 +17,18 @@ from cli_fixtures import Outcome, save_dense
 
 from pifa_deploy.calibration import HELD_OUT_TEXT, packaged_text
 from pifa_deploy.cli.ci import arguments_of
-from pifa_deploy.errors import ExitCode, InputMissingError, InputRefusedError
+from pifa_deploy.cli.main import run
+from pifa_deploy.errors import ExitCode, InputMissingError, InputRefusedError, OutputExistsError
 from pifa_deploy.pipeline import Outcome as StepOutcome
-from pifa_deploy.pipeline import StepFailedError, _key, run_steps, verdict
+from pifa_deploy.pipeline import StepFailedError, remove_report, run_steps, verdict
 from pifa_deploy.pipeline_file import read_pipeline
-from pifa_deploy.pipeline_steps import Step, steps_of
+from pifa_deploy.pipeline_record import StepRecord
+from pifa_deploy.pipeline_step import OnlyWith, Step
+from pifa_deploy.pipeline_steps import steps_of
 
 pytest_plugins = ("cli_plugin",)
 
+DOCS = Path(__file__).resolve().parents[1] / "docs"
 COMPRESS = 'compress = { density = 0.6, method = "svd" }'
 WHOLE = f"""
 [model]
@@ -39,6 +45,28 @@ dtype = "fp32"
 text = ["held-out=held-out.txt"]
 context = 64
 max-windows = 2
+"""
+# What is really run: as little as makes an artefact and a result of each kind.
+RUN = f"""
+[model]
+dense = "dense"
+[output]
+folder = "made"
+[variants.dense]
+export = {{ dtype = "fp32" }}
+verify = {{ decode-steps = 2, positions = 512 }}
+[variants.pifa]
+{COMPRESS}
+[evaluate]
+text = ["held-out=held-out.txt"]
+context = 64
+max-windows = 2
+"""
+TASKS = f"""{WHOLE}
+[tasks]
+task = ["arc_easy", "piqa"]
+limit = 200
+margin = 0.02
 """
 
 
@@ -70,12 +98,33 @@ def file(tmp_path: Path) -> Callable[[str], Path]:
         ('[variants.a]\ncheckpoint = "c"\n[bench.t]\n', r"\[bench\.t\]: a is measured as ONNX; add \[export\]"),
         ('[variants.a]\ncheckpoint = "c"\n[verify]\n', r"\[verify\] of a works on ONNX; add \[export\]"),
         ('[variants.report]\ncheckpoint = "c"\n', r"the name 'report' is that of a result in the output folder"),
+        (
+            '[variants.a]\ncheckpoint = "c"\n[variants.b]\ncheckpoint = "d"\n[tasks]\n',
+            r"\[tasks\]: has no task, expected names of lm-eval tasks",
+        ),
+        (
+            '[variants.a]\ncheckpoint = "c"\n[tasks]\ntask = ["t"]\n',
+            r"\[tasks\]: contenders is \['a'\], expected a reference and one to compare",
+        ),
+        (
+            '[variants.a]\ncheckpoint = "c"\n[tasks]\ntask = ["t"]\ncontenders = ["b"]\n',
+            r"\[tasks\]: contenders is \['b'\], expected names out of a",
+        ),
+        (
+            '[variants.a]\ncheckpoint = "c"\n[tasks]\ntask = ["t"]\nartefact = "engine"\n',
+            r"\[tasks\]: artefact is 'engine', expected one of checkpoint, onnx",
+        ),
+        (
+            '[variants.a]\ncheckpoint = "c"\n[variants.b]\ncheckpoint = "d"\n[tasks]\ntask = "t"\nartefact = "onnx"\n',
+            r"\[tasks\]: a solves tasks as ONNX; add \[export\]",
+        ),
         ('[variants."../a"]\ncheckpoint = "c"\n', r"the name '\.\./a' is not one of letters"),
         ('[variants.a]\nrelayout = {layout = "auto"}\n', r"relayout has no from"),
         (
             '[variants.a]\nrelayout = {from = "b"}\n',
             r"relayout is from 'b', expected a variant above it \(there is none\)",
         ),
+        ('[variants.a]\ncheckpoint = "c"\n[export]\n[bench.t]\ncpu = 3\n', r"\[bench\.t\]: cpu is 3, expected a table"),
         (
             '[variants.a]\ncheckpoint = "c"\n[bench.t]\ncontenders = ["b"]\n',
             r"contenders is \['b'\], expected .* out of a",
@@ -85,6 +134,15 @@ def file(tmp_path: Path) -> Callable[[str], Path]:
 def test_a_malformed_file_is_refused_by_name(file: Callable[[str], Path], text: str, pattern: str) -> None:
     with pytest.raises(InputRefusedError, match=pattern):
         read_pipeline(file(text))
+
+
+def test_the_example_in_the_docs_becomes_commands() -> None:
+    file = read_pipeline(DOCS / "ci" / "pifa-deploy.toml")
+    made = {stage: [step.arguments[0] for step in steps_of(file, stage, arguments_of)] for stage in ("cpu", "gpu")}
+    assert set(made["cpu"]) == {
+        *("compress", "relayout", "export", "verify", "build", "evaluate", "tasks", "compare-tasks", "bench", "report")
+    }
+    assert set(made["gpu"]) == {"verify", "bench", "report"}
 
 
 @pytest.mark.parametrize(
@@ -116,6 +174,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("compress", {"force": True}, r"unknown key 'force'"),
         ("verify", {"reference": "c"}, r"unknown key 'reference'"),
         ("bench", {"device": "cpu"}, r"unknown key 'device'"),
+        ("tasks", {"margn": 0.02}, r"unknown key 'margn'; did you mean margin\?"),
+        ("compare-tasks", {"limt": 3}, r"unknown key 'limt'; did you mean limit\?"),
+        ("tasks", {"contender": ["a"]}, r"unknown key 'contender'; did you mean contenders\?"),
+        ("tasks", {"limit": "all"}, r"limit is 'all': 'all' is not a valid integer"),
         ("compress", {"density": [0.5, 0.6]}, r"density is \[0\.5, 0\.6\], expected one value"),
     ],
 )
@@ -154,6 +216,201 @@ def test_steps_follow_the_file_and_the_variants_own_options(file: Callable[[str]
     ]
 
 
+def test_tasks_are_solved_by_each_and_compared_with_the_first(file: Callable[[str], Path]) -> None:
+    def commands(text: str) -> list[str]:
+        steps = steps_of(read_pipeline(file(text)), "cpu", arguments_of)
+        return [" ".join(step.command(lambda place: True)) for step in steps if "tasks" in " ".join(step.arguments)]
+
+    assert commands(TASKS) == [
+        "tasks dense made/dense/tasks --force --task arc_easy --task piqa --limit 200",
+        "tasks made/pifa/checkpoint made/pifa/tasks --force --task arc_easy --task piqa --limit 200",
+        "compare-tasks made/dense/tasks made/pifa/tasks --margin 0.02 --json made/pifa/tasks.json",
+    ]
+    *_, report = steps_of(read_pipeline(file(TASKS + "[report]\n")), "gpu", arguments_of)
+    assert ("--tasks", "pifa", Path("made/pifa/tasks.json")) in report.reads_too
+    exported = commands(TASKS + 'artefact = "onnx"\ncontenders = ["pifa", "dense"]\npooled = true\n')
+    assert [command.split(" --")[0] for command in exported] == [
+        "tasks made/pifa/onnx made/pifa/tasks",
+        "tasks made/dense/onnx made/dense/tasks",
+        "compare-tasks made/pifa/tasks made/dense/tasks",
+    ]
+    assert exported[-1].endswith("--margin 0.02 --pooled --json made/dense/tasks.json")
+
+
+def test_without_lm_eval_its_steps_are_not_decided_and_the_report_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / "lm_eval.py").write_text("raise ImportError('hidden')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "hidden"))
+    (tmp_path / "pifa-deploy.toml").write_text(TASKS + '[report]\nbaseline-report = "no.json"\nmax-regression = 0.05\n')
+    file = read_pipeline(tmp_path / "pifa-deploy.toml")
+    steps = [step for step in steps_of(file, "cpu", arguments_of) if "tasks" in step.title or step.reports]
+    solving, other, comparing, report = steps
+    (tmp_path / "dense").mkdir()
+    for stale in (solving.output, other.output, comparing.output):
+        (tmp_path / stale).mkdir(parents=True)
+    told: list[str] = []
+    outcomes = run_steps(file, [solving, comparing, report], say=told.append)
+    assert [(each.exit_code, each.kept) for each in outcomes] == [(3, False), (3, False), (3, False)]
+    assert told[2] == "not decided made/pifa/tasks.json: compare-tasks pifa needs made/dense/tasks"
+    assert verdict(outcomes) == ExitCode.NOT_DECIDED
+    errors = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert errors == ["error: lm-eval does not load (hidden); pip install 'pifa-deploy[lm-eval]'"]
+    assert list(json.loads((tmp_path / "made/steps.json").read_text())["steps"]) == ["made/report"]
+    made = json.loads((tmp_path / "made/report/report.json").read_text())
+    assert made["verdict"] == "not decided"
+    assert {gate["label"]: gate["reason"] for gate in made["gates"]} == {
+        "tasks dense": "this machine lacks something that it needs; its message is in the log",
+        "compare-tasks pifa": "needs made/dense/tasks",
+        "baseline-report": "no.json is not there; make it from the report.json of a good run",
+    }
+    for page in ("report.md", "report.xml", "report.html"):
+        assert "needs made/dense/tasks" in (tmp_path / "made/report" / page).read_text()
+
+
+def test_why_a_step_is_run_again_is_told(tmp_path: Path) -> None:
+    (tmp_path / "pifa-deploy.toml").write_text('[variants.a]\ncheckpoint = "c"\n')
+    file = read_pipeline(tmp_path / "pifa-deploy.toml")
+    step = Step(title="v", arguments=("--version",), output=file.output / "o.json")
+    (tmp_path / file.output).mkdir()
+    (tmp_path / step.output).write_text("{}")
+    told: list[str] = []
+    for force in (False, False, True):
+        run_steps(file, [step], force=force, say=told.append)
+    assert told == [
+        f"again {step.output}: nothing says what it was made from",
+        "pifa-deploy --version",
+        f"kept {step.output}: v",
+        "pifa-deploy --version",
+    ]
+
+
+def test_gates_about_what_is_not_there_are_left_out_of_the_command() -> None:
+    baseline = OnlyWith(option="--baseline-report", arguments=("--max-regression", "0.1"), otherwise="gone")
+    engine = OnlyWith(option="--engine", arguments=("--require-plugin",), otherwise="none")
+    reads = (("--baseline-report", "", Path("b")), ("--engine", "a", Path("a")), ("--engine", "c", Path("c")))
+    step = Step(title="r", arguments=("report",), output=Path("o"), reads_too=reads, only_with=(baseline, engine))
+    assert step.command(lambda place: place == Path("c")) == ("report", "--engine", "c=c", "--require-plugin")
+    assert step.lacking(lambda place: place == Path("c")) == (baseline,)
+    assert step.command(lambda place: place == Path("b")) == (
+        *("report", "--baseline-report", "b", "--max-regression", "0.1"),
+    )
+
+
+def report_options(path: Path, stage: str) -> str:
+    """Returns what follows the output in the command report of a stage, with everything there."""
+    *_, report = steps_of(read_pipeline(path), stage, arguments_of)
+    return " ".join(report.command(lambda place: "made" not in str(place) or place.name == "engine")).partition(
+        "--force "
+    )[2]
+
+
+def test_a_report_asks_about_engines_where_there_are_any_and_has_a_baseline_for_each_stage(
+    file: Callable[[str], Path],
+) -> None:
+    asked = '[report]\nrequire-precision = "fp16"\nbaseline-report = "{stage}.json"\nmax-regression = 0.1\n'
+    rtx = file(f"{WHOLE}[build]\n{asked}")
+    engines = "--engine dense=made/dense/engine --engine pifa=made/pifa/engine"
+    with_limit = "--max-regression 0.1 --require-precision fp16"
+    assert report_options(rtx, "cpu") == f"{engines} --baseline-report cpu.json {with_limit}"
+    assert report_options(rtx, "gpu") == f"{engines} --baseline-report gpu.json {with_limit}"
+    jetson = file(f'{WHOLE}[build]\nbackend = "tensorrt"\n{asked}')
+    assert report_options(jetson, "cpu") == f"{engines} --baseline-report cpu.json --max-regression 0.1"
+    assert report_options(jetson, "gpu") == f"{engines} --baseline-report gpu.json {with_limit}"
+
+
+@pytest.mark.parametrize(
+    ("report", "pattern"),
+    [
+        ('baseline-report = "made/report/report.json"', r"which this run replaces; copy it elsewhere"),
+        ("baseline-report = 3", r"\[report\]: baseline-report is 3, expected text"),
+        ("require-plugin = true", r"\[report\]: require-plugin asks about engines and none is built; add \[build\]"),
+        ('undecided = ["a=b"]', r"unknown key 'undecided'"),
+    ],
+)
+def test_a_report_that_cannot_be_made_is_refused(file: Callable[[str], Path], report: str, pattern: str) -> None:
+    with pytest.raises(InputRefusedError, match=pattern):
+        steps_of(read_pipeline(file(f"{WHOLE}[report]\n{report}\n")), "cpu", arguments_of)
+
+
+BENCH = """[bench.t]
+contenders = ["pifa"]
+prefill = [8]
+target = "rtx3090"
+cuda_graph = true
+require-plugin = true
+[bench.t.cpu]
+threads = 2
+bandwidth = 20.0
+peak-tflops = 0.1
+[bench.t.gpu]
+prefill = [16]
+"""
+
+
+def test_each_stage_is_measured_with_its_own_options(file: Callable[[str], Path]) -> None:
+    path = file(f"{WHOLE}[build]\n{BENCH}")
+    steps = {stage: steps_of(read_pipeline(path), stage, arguments_of)[-1] for stage in ("cpu", "gpu")}
+    assert {stage: " ".join(step.arguments) for stage, step in steps.items()} == {
+        "cpu": "bench pifa=made/pifa/onnx --device cpu --prefill 8 --threads 2 --bandwidth 20.0 --peak-tflops 0.1 "
+        "--json made/bench-t-onnx.json",
+        "gpu": "bench pifa=made/pifa/engine --device cuda --prefill 16 --target rtx3090 --cuda-graph --require-plugin "
+        "--json made/bench-t-engine.json",
+    }
+
+
+@pytest.mark.parametrize(
+    ("bench", "pattern"),
+    [
+        ("bandwidth = 20.0", r"\[bench\.t\]: bandwidth is of one machine; give it in \[bench\.t\.cpu\] or \.gpu"),
+        ('[bench.t.cpu]\ntarget = "rtx3090"', r"\[bench\.t\]: target in \.cpu is about a GPU; give it in \[bench\.t\]"),
+        ("[bench.t.gpu]\nprefil = [8]", r"\[bench\.t\]: unknown key 'prefil'; did you mean prefill\?"),
+    ],
+)
+def test_an_option_of_the_wrong_stage_is_refused(file: Callable[[str], Path], bench: str, pattern: str) -> None:
+    pipeline = read_pipeline(file(f"{WHOLE}[build]\n[bench.t]\n{bench}\n"))
+    with pytest.raises(InputRefusedError, match=pattern):
+        [steps_of(pipeline, stage, arguments_of) for stage in ("cpu", "gpu")]
+
+
+def test_results_depend_on_what_ran_them(file: Callable[[str], Path]) -> None:
+    text = f'{WHOLE}{BENCH}[build]\n[verify]\n[variants.jetson]\ncheckpoint = "c"\n'
+    text += 'build = { backend = "tensorrt", plugin = "p.so" }\n'
+    pipeline = read_pipeline(file(text))
+    found = {
+        step.title: step.depends_on for stage in ("cpu", "gpu") for step in steps_of(pipeline, stage, arguments_of)
+    }
+    assert {title: parts for title, parts in found.items() if parts} == {
+        "verify onnx dense": ("torch", "onnxruntime"),
+        "build dense": ("tensorrt_rtx",),
+        "verify onnx pifa": ("torch", "onnxruntime"),
+        "build pifa": ("tensorrt_rtx",),
+        "verify onnx jetson": ("torch", "onnxruntime"),
+        "bench t onnx": ("torch", "onnxruntime", "cpu"),
+        "verify engine dense": ("tensorrt_rtx", "gpu"),
+        "verify engine pifa": ("tensorrt_rtx", "gpu"),
+        "build jetson": ("tensorrt", "gpu", "plugin"),
+        "verify engine jetson": ("tensorrt", "gpu", "plugin"),
+        "bench t engine": ("tensorrt_rtx", "gpu", "cpu"),
+    }
+
+
+def test_an_engine_that_could_not_be_built_leaves_out_only_what_needs_it(file: Callable[[str], Path]) -> None:
+    pipeline = read_pipeline(file(f"{WHOLE}[build]\n[verify]\n"))
+    for place in ("dense", "made/dense/onnx", "made/pifa/onnx", "made/pifa/checkpoint"):
+        (pipeline.path.parent / place).mkdir(parents=True)
+    others = [step for step in steps_of(pipeline, "cpu", arguments_of) if step.arguments[0] == "build"]
+    told: list[str] = []
+    outcomes = run_steps(pipeline, steps_of(pipeline, "gpu", arguments_of), others=others, say=told.append)
+    assert verdict(outcomes) == ExitCode.NOT_DECIDED
+    assert told == [
+        f"not decided made/{name}/verify-engine.json: verify engine {name} needs made/{name}/engine, which is not "
+        "there or not up to date"
+        for name in ("dense", "pifa")
+    ]
+
+
 def test_the_stage_gpu_builds_what_needs_the_device_and_checks_engines(file: Callable[[str], Path]) -> None:
     text = WHOLE + '[build]\n[verify]\n[variants.jetson]\ncheckpoint = "c"\nbuild = { backend = "tensorrt" }\n'
     titles = [step.title for step in steps_of(read_pipeline(file(text)), "gpu", arguments_of)]
@@ -181,98 +438,116 @@ def test_the_verdict_is_the_worst_that_a_step_decided(codes: list[int], expected
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """A folder in which a whole file was run once, and what the program said."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which a file was run once. Do not change it, take `copied`."""
     folder = tmp_path_factory.mktemp("pipeline")
     save_dense(folder / "dense")
     shutil.copy(packaged_text(HELD_OUT_TEXT), folder / "held-out.txt")
-    (folder / "pifa-deploy.toml").write_text(WHOLE)
-    return folder, ci(folder)
+    (folder / "pifa-deploy.toml").write_text(RUN)
+    assert ci(folder) == ExitCode.PASSED
+    return folder
 
 
-def ci(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pifa_deploy.cli.main", "ci", "pifa-deploy.toml", "--json", "ci.json", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+@pytest.fixture
+def copied(made: Path, tmp_path: Path) -> Path:
+    """The same folder as an artefact store and a checkout give it back: the same bytes, other times."""
+    return Path(shutil.copytree(made, tmp_path / "copied", copy_function=shutil.copyfile))
 
 
-def test_a_whole_run_passes_and_leaves_every_artefact(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder, done = made
-    assert done.returncode == ExitCode.PASSED, done.stderr
-    result = json.loads((folder / "ci.json").read_text())
+def ci(folder: Path) -> int:
+    return run(["ci", str(folder / "pifa-deploy.toml"), "--json", str(folder / "ci.json")])
+
+
+def test_a_whole_run_passes_and_leaves_every_artefact(made: Path) -> None:
+    result = json.loads((made / "ci.json").read_text())
     assert result["verdict"] == "passed"
     assert [step["title"] for step in result["steps"]] == [
-        *("export dense", "verify onnx dense", "compress pifa", "export pifa", "evaluate")
+        *("export dense", "verify onnx dense", "compress pifa", "evaluate")
     ]
-    assert all((folder / step["output"]).exists() and not step["kept"] for step in result["steps"])
-    assert len(json.loads((folder / "made/evaluate.json").read_text())["rows"]) == 2
+    assert all((made / step["output"]).exists() and not step["kept"] for step in result["steps"])
+    assert len(json.loads((made / "made/evaluate.json").read_text())["rows"]) == 2
 
 
-def test_a_second_run_keeps_all_but_what_was_changed(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder, _ = made
-    (folder / "pifa-deploy.toml").write_text(WHOLE.replace("decode-steps = 2", "decode-steps = 3, gate-mean-kl = 0.0"))
-    done = ci(folder)
-    (folder / "pifa-deploy.toml").write_text(WHOLE)
-    assert done.returncode == ExitCode.GATE_FAILED, done.stderr
-    steps = json.loads((folder / "ci.json").read_text())["steps"]
-    assert [step["title"] for step in steps if not step["kept"]] == ["verify onnx dense"]
-    assert "FAILED: verify onnx dense" in done.stderr
+def test_a_second_run_keeps_all_but_what_was_changed(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    changed = RUN.replace("decode-steps = 2", "decode-steps = 3, gate-mean-kl = 0.0")
+    (copied / "pifa-deploy.toml").write_text(changed)
+    text = copied / "held-out.txt"
+    text.write_text(text.read_text().replace("e", "a"))
+    assert ci(copied) == ExitCode.GATE_FAILED
+    steps = json.loads((copied / "ci.json").read_text())["steps"]
+    assert [step["title"] for step in steps if not step["kept"]] == ["verify onnx dense", "evaluate"]
+    told = capfd.readouterr().err
+    assert "FAILED: verify onnx dense" in told
+    assert "== again made/dense/verify-onnx.json: another command made it" in told
+    assert "== again made/evaluate.json: held-out.txt is another" in told
 
 
-def test_a_text_that_changed_is_read_again(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder, _ = made
-    ci(folder)
-    text = folder / "held-out.txt"
-    text.write_text(text.read_text()[100:])
-    assert ci(folder).returncode == ExitCode.PASSED
-    steps = json.loads((folder / "ci.json").read_text())["steps"]
-    assert [step["title"] for step in steps if not step["kept"]] == ["evaluate"]
-
-
-def test_a_report_has_only_what_the_file_asks_for_and_what_is_up_to_date(
-    made: tuple[Path, subprocess.CompletedProcess[str]],
+def test_a_report_has_only_what_the_file_asks_for_and_a_run_that_fails_leaves_none(
+    copied: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    folder, _ = made
-    stale = folder / "made/pifa/verify-onnx.json"
-    shutil.copy(folder / "made/dense/verify-onnx.json", stale)
-    (folder / "pifa-deploy.toml").write_text(WHOLE + "[report]\n")
-    done = ci(folder, "--force", "--json", "-")
-    (folder / "pifa-deploy.toml").write_text(WHOLE)
-    stale.unlink()
-    assert done.returncode == ExitCode.PASSED, done.stderr
-    assert json.loads(done.stdout)["verdict"] == "passed"
-    stages = json.loads((folder / "made/report/report.json").read_text())["stages"]
+    shutil.copy(copied / "made/dense/verify-onnx.json", copied / "made/pifa/verify-onnx.json")
+    (copied / "pifa-deploy.toml").write_text(RUN + "[report]\n")
+    assert ci(copied) == ExitCode.PASSED
+    result = json.loads((copied / "ci.json").read_text())
+    assert [step["title"] for step in result["steps"] if not step["kept"]] == ["report"]
+    stages = json.loads((copied / "made/report/report.json").read_text())["stages"]
     assert [entry["label"] for entry in stages["verify"]] == ["dense"]
     assert [entry["label"] for entry in stages["checkpoint"]] == ["pifa"]
 
+    (copied / "held-out.txt").write_text("")
+    capfd.readouterr()
+    assert ci(copied) == ExitCode.INPUT_REFUSED
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: evaluate ended with exit code 6; its own message stands above")
+    assert not (copied / "made/report").exists()
 
-def test_results_of_the_other_stage_are_reported_while_they_are_up_to_date(tmp_path: Path) -> None:
+
+def test_a_run_that_is_ended_leaves_nothing_half_written(tmp_path: Path) -> None:
+    save_dense(tmp_path / "dense")
+    (tmp_path / "pifa-deploy.toml").write_text('[model]\ndense = "dense"\n[variants.dense]\n[export]\n')
+    command = [sys.executable, "-m", "pifa_deploy.cli.main", "ci", "pifa-deploy.toml"]
+    started = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not (tmp_path / "pifa-ci/dense/.onnx.partial").exists() and started.poll() is None:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    started.send_signal(signal.SIGTERM)
+    _, told = started.communicate(timeout=60)
+    assert started.returncode == 128 + signal.SIGTERM, told
+    assert told.count("error: terminated; what existed before is untouched\n") == 2  # the step's and ci's
+    assert list((tmp_path / "pifa-ci/dense").iterdir()) == []
+
+
+def test_what_the_other_stage_made_is_read_while_it_is_up_to_date(tmp_path: Path) -> None:
     (tmp_path / "pifa-deploy.toml").write_text('[variants.a]\ncheckpoint = "c"\n')
     file = read_pipeline(tmp_path / "pifa-deploy.toml")
     (tmp_path / "in").write_text("x")
     (tmp_path / file.output).mkdir()
-    other = Step(title="o", arguments=("inspect", "in"), output=file.output / "o.json", judges=True)
-    (tmp_path / other.output).write_text("{}")
-    key = _key(tmp_path, other, other.arguments)
-    record = {"schema": 1, "artefact": "steps", "steps": {str(other.output): {"key": key, "exit_code": 0}}}
-    (tmp_path / file.output / "steps.json").write_text(json.dumps(record))
-    reads = Step(title="r", arguments=("--version",), output=Path("r"), reads_too=(("--verify", "a", other.output),))
+    onnx = Step(title="o", arguments=("export", "in"), output=file.output / "onnx")
+    engine = Step(
+        title="e", arguments=("build",), output=file.output / "engine", needs=(onnx.output,), depends_on=("cpu",)
+    )
+    record = StepRecord(tmp_path, tmp_path / file.output / "steps.json")
+    for step in (onnx, engine):
+        (tmp_path / step.output).write_text("{}")
+        # As a machine of another processor would have noted it.
+        made = {**record.made_from(step, step.arguments), "machine": {"cpu": "another"}}
+        record.add(step, made, ExitCode.PASSED)
+    bench = Step(title="b", arguments=("--version",), output=Path("b"), needs=(engine.output,))
+    reads = Step(title="r", arguments=("--version",), output=Path("r"), reads_too=(("--engine", "a", engine.output),))
     shown: list[str] = []
     for _ in range(2):
-        with contextlib.suppress(StepFailedError):
-            run_steps(file, [reads], others=[other], say=shown.append)
+        with contextlib.suppress(StepFailedError):  # --version takes no other option
+            run_steps(file, [bench, reads], others=[onnx, engine], say=shown.append)
         (tmp_path / "in").write_text("changed")
-    assert shown == [f"pifa-deploy --version --verify a={other.output}", "pifa-deploy --version"]
-
-
-def test_a_step_that_fails_ends_the_run_with_its_exit_code(made: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
-    folder, _ = made
-    (folder / "pifa-deploy.toml").write_text(WHOLE.replace("context = 64", "context = 1"))
-    done = ci(folder)
-    (folder / "pifa-deploy.toml").write_text(WHOLE)
-    assert done.returncode == ExitCode.USAGE
-    assert done.stderr.splitlines()[-1].startswith(
-        "error: evaluate ended with exit code 2; its own message stands above"
-    )
+    assert shown == [
+        "pifa-deploy --version",
+        f"pifa-deploy --version --engine a={engine.output}",
+        f"not up to date {onnx.output}: in is another",
+        f"not up to date {engine.output}: {onnx.output} is not",
+        f"not decided b: b needs {engine.output}, which is not there or not up to date",
+        "pifa-deploy --version",
+    ]
 
 
 def test_the_gpu_stage_without_a_gpu_decides_nothing(
@@ -280,7 +555,12 @@ def test_the_gpu_stage_without_a_gpu_decides_nothing(
 ) -> None:
     if shutil.which("nvidia-smi"):
         pytest.skip("this machine has a GPU")
-    outcome = pifa_deploy("ci", file(WHOLE + "[build]\n"), "--stage", "gpu")
+    path = file(WHOLE + "[build]\n[report]\n")
+    earlier = path.parent / "made/report"
+    earlier.mkdir(parents=True)
+    (earlier / "report.json").write_text("{}")
+    outcome = pifa_deploy("ci", path, "--stage", "gpu")
+    assert not earlier.exists()
     outcome.failed(
         ExitCode.NOT_DECIDED, r"no NVIDIA GPU, so the stage gpu decides nothing; run it on the target device"
     )
@@ -293,6 +573,70 @@ def test_an_input_that_is_not_there_is_named_before_its_step(
     outcome.failed(
         ExitCode.USAGE, r"gone: is not there, export a needs it; make it, or bring the folder of --stage cpu"
     )
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "pattern"),
+    [
+        (('"held-out=held-out.txt"', '"gone.txt"'), ExitCode.USAGE, r"gone\.txt: is not there, evaluate reads it"),
+        (("decode-steps = 2", 'text = "no.txt"'), ExitCode.USAGE, r"no\.txt: is not there, verify onnx dense reads it"),
+        (
+            ('"svd"', '"svd", calibration = ["mixture", "c.txt"]'),
+            ExitCode.USAGE,
+            r"c\.txt: is not there, compress pifa",
+        ),
+        (('dtype = "fp32"', 'plan = "p.json"'), ExitCode.USAGE, r"p\.json: is not there, export dense reads it"),
+        (("context = 64", "context = 1"), ExitCode.INPUT_REFUSED, r"toml: evaluate: 2 windows of 1 tokens"),
+        (("density = 0.6", "density = 1.5"), ExitCode.INPUT_REFUSED, r"toml: compress pifa: .*1\.5"),
+        (('"held-out=', '"='), ExitCode.INPUT_REFUSED, r"toml: evaluate: --text is '=held-out\.txt', expected"),
+        (
+            ("[evaluate]", '[bench.t]\ngate-speed-up = ["pifx=1.1"]\n[evaluate]'),
+            ExitCode.INPUT_REFUSED,
+            r"'pifx' is no",
+        ),
+        (("[evaluate]", "[bench.t]\nrounds = 0\n[evaluate]"), ExitCode.INPUT_REFUSED, r"toml: bench t onnx: .*rounds"),
+        (
+            ("[evaluate]", '[report]\nbaseline-report = "held-out.txt"\n[evaluate]'),
+            ExitCode.INPUT_REFUSED,
+            r"held-out\.txt: not JSON",
+        ),
+    ],
+)
+def test_what_no_run_takes_is_refused_before_the_first_step(
+    file: Callable[[str], Path],
+    pifa_deploy: Callable[..., Outcome],
+    change: tuple[str, str],
+    code: ExitCode,
+    pattern: str,
+) -> None:
+    assert change[0] in WHOLE
+    path = file(WHOLE.replace(*change))
+    (path.parent / "dense").mkdir()
+    (path.parent / "held-out.txt").write_text("text")
+    pifa_deploy("ci", path).failed(code, pattern)
+    assert not (path.parent / "made").exists()
+
+
+def test_a_folder_of_somebody_else_where_the_report_goes_is_left(file: Callable[[str], Path]) -> None:
+    pipeline = read_pipeline(file(WHOLE + "[report]\n"))
+    folder = pipeline.path.parent / "made/report"
+    remove_report(pipeline)
+    folder.mkdir(parents=True)
+    remove_report(pipeline)
+    (folder / "mine").write_text("")
+    with pytest.raises(OutputExistsError, match=r"made/report stands where the report goes and is none; remove it"):
+        remove_report(pipeline)
+    assert (folder / "mine").exists()
+
+
+def test_the_folder_of_a_file_is_shown_from_where_one_stands(
+    file: Callable[[str], Path], pifa_deploy: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = file(WHOLE.replace('"made"', '"../made"'))
+    monkeypatch.chdir(path.parent)
+    assert pifa_deploy("ci", path, "--show-folder").out == "../made\n"
+    monkeypatch.chdir(path.parents[1])
+    assert pifa_deploy("ci", path, "--show-folder").out == "made\n"
 
 
 def test_a_dry_run_shows_commands_and_makes_nothing(

@@ -13,20 +13,22 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 from cli_fixtures import Outcome
-from report_fixtures import bench, evaluation, verification, write
+from report_fixtures import bench, evaluation, tasks, verification, write
 from test_proof import TOLD, engine
 
-from pifa_deploy.cli import report
+from pifa_deploy.cli import console
 from pifa_deploy.errors import InputMissingError, InputRefusedError
+from pifa_deploy.json_shape import validate
 from pifa_deploy.proof import PRECISIONS, ProofGates
 from pifa_deploy.report import ReportOptions, make_report, read_report, write_report
 from pifa_deploy.report_html import html_page
 from pifa_deploy.report_junit import junit_xml
 from pifa_deploy.report_markdown import markdown
 from pifa_deploy.report_numbers import interval, number
-from pifa_deploy.report_schema import REPORT, json_schema, validate
+from pifa_deploy.report_quality import parity_tables, tasks_tables
+from pifa_deploy.report_schema import REPORT, json_schema
 from pifa_deploy.report_stages import Source
-from pifa_deploy.report_tables import figures_table, gates_table, parity_tables, rivals_table
+from pifa_deploy.report_tables import figures_table, gates_table, rivals_table
 from pifa_deploy.report_variants import Estimate, variants_of
 
 pytest_plugins = ("cli_plugin",)
@@ -47,7 +49,7 @@ def report_of(folder: Path, gates: ProofGates | None = None, **results: Any) -> 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("whole")
-    return report_of(folder, bench=bench(), evaluate=evaluation(), verify=verification())
+    return report_of(folder, bench=bench(), evaluate=evaluation(), verify=verification(), tasks=tasks())
 
 
 # --- verdict ----------------------------------------------------------------------------------------------------
@@ -75,6 +77,7 @@ def test_the_verdict_is_that_of_the_collected_decisions(
 def test_gates_keep_their_values_and_say_where_they_come_from(whole: dict[str, Any]) -> None:
     expected = [("verify", gate) for gate in verification()["decisions"]]
     expected += [("bench", gate) for gate in bench()["decisions"]]
+    expected += [("tasks", gate) for gate in tasks()["decisions"]]
     assert whole["gates"] == [{"stage": stage, "label": stage, **gate, "reason": None} for stage, gate in expected]
 
 
@@ -169,6 +172,8 @@ def test_a_report_outside_the_schema_is_refused_by_name(
         ("bench", bench(baseline="nobody"), r"rows or baseline name \['nobody'\]; run bench again"),
         ("bench", bench(names={"pifa": "dense"}), r"name one of them twice"),
         ("bench", bench(cases=[{"phase": "prefill"}]), r"bench\.cases\[0\]\.\w+ is None, expected a value"),
+        ("tasks", bench(), r"expected 'compare-tasks'; give what `pifa-deploy compare-tasks --json` wrote"),
+        ("tasks", tasks(tasks=[{"task": "a"}]), r"tasks\.tasks\[0\]\.\w+ is None, expected a value"),
         ("verify", verification(overall=3), r"verify\.overall is 3, expected an object"),
         ("verify", {**verification(), "passed": "yes"}, r"verify\.passed is 'yes', expected true or false"),
     ],
@@ -195,6 +200,14 @@ def test_a_missing_file_and_two_of_one_name_are_told(tmp_path: Path) -> None:
         ReportOptions(sources=(one, other))
     with pytest.raises(ValueError, match="there is nothing to report"):
         ReportOptions(sources=())
+
+
+def test_a_report_from_before_there_were_tasks_is_read(whole: dict[str, Any], tmp_path: Path) -> None:
+    stages = {kind: entries for kind, entries in whole["stages"].items() if kind != "tasks"}
+    (tmp_path / "report.json").write_text(json.dumps({**whole, "stages": stages}))
+    assert "tasks" not in read_report(tmp_path)["stages"]
+    assert "<summary>Tasks</summary>" not in markdown(read_report(tmp_path))
+    assert "<summary>Tasks</summary>" in markdown(whole)
 
 
 # --- what is put together ---------------------------------------------------------------------------------------
@@ -315,6 +328,30 @@ def test_a_failed_bisection_says_where(tmp_path: Path) -> None:
         assert table.note == ("" if passed else found["line"])
 
 
+@pytest.mark.parametrize(
+    ("passed", "verdict", "row"),
+    [
+        (True, "passed", ("-0.2 [-0.8, 0.4]", "0.73", "passed")),
+        (None, "not decided", ("-0.2 [-2.0, 0.4]", "0.73", "not decided")),
+        (False, "failed", ("-10.0 [-12.0, -8.0]", "0.73", "failed")),
+    ],
+)
+def test_tasks_are_gates_and_a_table(tmp_path: Path, passed: bool | None, verdict: str, row: tuple[str, ...]) -> None:
+    report = report_of(tmp_path, tasks=tasks(passed=passed))
+    assert report["verdict"] == verdict
+    (table,) = tasks_tables(report)
+    first, second, overall = table.rows
+    assert first[:7] == ("arc_easy", "acc", "1,000", "80.0 %", "79.8 %", "5", "3")
+    assert second[-3:] == row
+    assert (overall[0], overall[2], overall[-1]) == ("all tasks", "2,000", "–")
+    assert table.numeric == (False, False, *[True] * 7, False)
+    line = "| arc\\_easy | acc | 1,000 | 80.0 % | 79.8 % | 5 | 3 | -0.2 \\[-0.8, 0.4\\] | 0.73 | passed |"
+    assert line in markdown(report).splitlines()
+    page = html_page(report)
+    assert '<h2 id="tasks">Tasks</h2>' in page
+    assert all(re.search(rf"[> ]{re.escape(cell)}<", page) for cell in ("arc_easy", *row))
+
+
 def test_markdown_fits_a_comment(tmp_path: Path) -> None:
     case = bench()["cases"][0]
     many = [{**case, "tokens": 100 + i} for i in range(200)]
@@ -356,7 +393,11 @@ def hostile(tmp_path: Path) -> dict[str, Any]:
     decision = {"name": HOSTILE, "value": HOSTILE, "limit": HOSTILE, "passed": False, "reason": HOSTILE}
     benched = bench(names=names, environment={HOSTILE: {HOSTILE: HOSTILE}}, command=HOSTILE, decisions=[decision])
     benched["cases"][0]["warnings"] = [HOSTILE]
-    files = write(tmp_path, bench=benched, evaluate=evaluation((HOSTILE,)), verify=verification(dtype=HOSTILE))
+    solved = tasks()
+    solved["tasks"][0]["task"] = solved["overall"]["metric"] = HOSTILE
+    files = write(
+        tmp_path, bench=benched, evaluate=evaluation((HOSTILE,)), verify=verification(dtype=HOSTILE), tasks=solved
+    )
     sources = tuple(Source(kind=kind, label=f"{kind}{HOSTILE}", path=path) for kind, path in files.items())
     return make_report(ReportOptions(sources=sources, title=HOSTILE, command=HOSTILE))
 
@@ -407,7 +448,7 @@ def test_gates_on_engines_need_an_engine(pifa_deploy: Callable[..., Outcome], tm
 
 
 def test_the_command_knows_the_precisions_of_the_gate() -> None:
-    assert tuple(PRECISIONS) == report._PRECISIONS
+    assert tuple(PRECISIONS) == console.PRECISIONS
 
 
 def test_the_example_is_one_small_page_that_loads_nothing() -> None:
@@ -428,3 +469,11 @@ def test_bad_input_is_one_line(pifa_deploy: Callable[..., Outcome], tmp_path: Pa
     )
     pifa_deploy("report", *given, "--checkpoint", tmp_path).failed(6, "no factorised checkpoint")
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("given", ["bench", "=reason", "bench="])
+def test_what_is_not_decided_needs_a_title_and_a_reason(
+    pifa_deploy: Callable[..., Outcome], tmp_path: Path, given: str
+) -> None:
+    outcome = pifa_deploy("report", "--undecided", given, "--out", tmp_path / "report")
+    outcome.failed(2, rf"--undecided is '{given}', expected TITLE=REASON")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from report_fixtures import bench, evaluation, verification
+from report_fixtures import bench, evaluation, tasks, verification
 from test_proof import TOLD, engine
 from test_report import hostile, report_of  # noqa: F401 - hostile is a fixture
 
@@ -103,7 +103,9 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("page")
     (folder / "engine").mkdir()
     sparse = engine(folder / "engine", TOLD, sparse_weights=True)
-    report = report_of(folder, bench=bench(), evaluate=evaluation(), verify=verification(passed=False), sparse=sparse)
+    report = report_of(
+        folder, bench=bench(), evaluate=evaluation(), verify=verification(passed=False), tasks=tasks(), sparse=sparse
+    )
     (folder / "report.html").write_text(html_page(report), encoding="utf-8")
     return folder / "report.html"
 
@@ -140,7 +142,8 @@ def test_the_page_can_be_read(browser: Any, page_file: Path, size: str, scheme: 
         assert opened.asked == [page_file.as_uri()]
         assert page.evaluate("document.documentElement.scrollWidth") <= SIZES[size]
         boxes = [plot.bounding_box() for plot in page.query_selector_all("svg.plot")]
-        assert len(boxes) == 2 * 3 + 3 + 3  # scatter plots of two texts, three cases, three maps
+        # Scatter plots of two texts, three cases, a map of errors, one of times in each of two cases.
+        assert len(boxes) == 2 * 3 + 3 + 1 + 2
         assert all(box and box["width"] > 250 and box["height"] > 80 for box in boxes)
         assert page.evaluate(COLLISIONS) == []
         ratio, text = page.evaluate(CONTRAST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,17 @@ from pifa_deploy.task_comparison import Pairs, TaskOptions, compare_tasks, pairs
 pytest_plugins = ("cli_plugin",)
 
 
-def write_run(folder: Path, task: str, right: list[int], **changes: Any) -> Path:
-    """Writes samples as lm-eval 0.4.9 does, one line an example."""
-    place = folder / "pifa__checkpoint"
+def write_run(folder: Path, task: str, right: list[int], model: str = "pifa__checkpoint", **changes: Any) -> Path:
+    """Writes samples as lm-eval 0.4.13 does, one line an example, letters of all scripts as they are."""
+    place = folder / model
     place.mkdir(parents=True, exist_ok=True)
     lines = []
     for number, value in enumerate(right):
-        sample = {"doc_id": number, "doc": {"question": f"q{number}"}, "target": 1, "arguments": {}, "resps": []}
-        sample |= {"filtered_resps": [], "filter": "none", "metrics": ["acc"], "doc_hash": f"{number:064x}"}
-        lines.append(json.dumps(sample | {"acc": float(value)} | changes))
-    (place / f"samples_{task}_2026-01-31T12-00-00.123456.jsonl").write_text("\n".join(lines) + "\n")
+        sample = {"doc_id": number, "doc": {"question": f"q\u2028\x85{number}"}, "target": 1, "arguments": {}}
+        sample |= {"resps": [], "filtered_resps": [], "filter": "none", "metrics": ["acc"]}
+        sample |= {f"{part}_hash": f"{number:064x}" for part in ("doc", "prompt", "target")}
+        lines.append(json.dumps(sample | {"acc": float(value)} | changes, ensure_ascii=False))
+    (place / f"samples_{task}_2026-01-31T12-00-00.123456.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
 
@@ -95,7 +97,7 @@ class TestFiles:
 
     def test_the_newest_run_of_a_task_counts_and_acc_norm_before_acc(self, tmp_path: Path) -> None:
         folder = write_run(tmp_path / "a", "hella_swag", [1, 0, 1], acc_norm=1.0)
-        (tmp_path / "a" / "samples_hella_swag_2025-01-31T12-00-00.1.jsonl").write_text("{}")
+        (tmp_path / "a" / "pifa__checkpoint" / "samples_hella_swag_2025-01-31T12-00-00.1.jsonl").write_text("{}")
         (task,) = compare_tasks(folder, folder, TaskOptions(tasks=("hella_swag",))).tasks
         assert (task.metric, task.reference) == ("acc_norm", 1.0)
 
@@ -106,6 +108,42 @@ class TestFiles:
         file.write_text(strict + strict.replace('"filter": "none"', '"filter": "flexible"'))
         assert compare_tasks(folder, folder, TaskOptions()).tasks[0].examples == 3
 
+    def test_another_filter_can_be_chosen(self, tmp_path: Path, pifa_deploy: Any) -> None:
+        folder = write_run(tmp_path / "a", "gsm8k", [1, 0, 1])
+        (file,) = folder.rglob("*.jsonl")
+        strict = file.read_text()
+        lenient = strict.replace('"filter": "none"', '"filter": "flexible"').replace('"acc": 0.0', '"acc": 1.0')
+        file.write_text(strict + lenient)
+        (task,) = compare_tasks(folder, folder, TaskOptions(filter="flexible")).tasks
+        assert (task.examples, task.reference) == (3, 1.0)
+        outcome = pifa_deploy("compare-tasks", folder, folder, "--filter", "flexble")
+        outcome.failed(ExitCode.USAGE, r"has no filter 'flexble', only none, flexible; name one of these")
+
+    def test_samples_of_two_models_in_one_folder_are_not_mixed(self, tmp_path: Path) -> None:
+        for model in ("dense", "pifa"):
+            write_run(tmp_path, "arc", [1, 0], model=model)
+        with pytest.raises(InputRefusedError, match=r"arc in several folders, .*dense and .*pifa; name one"):
+            compare_tasks(tmp_path, tmp_path, TaskOptions())
+        assert compare_tasks(tmp_path / "dense", tmp_path / "pifa", TaskOptions()).tasks[0].examples == 2
+
+    def test_tasks_together_decide_what_none_decides_alone(self, tmp_path: Path, pifa_deploy: Any) -> None:
+        """As the subjects of MMLU: 20 with 100 examples each."""
+        random = np.random.default_rng(0)
+        for number in range(20):
+            right = random.integers(0, 2, 100).tolist()
+            for name in ("a", "b"):
+                write_run(tmp_path / name, f"mmlu_{number}", right)
+        places = (tmp_path / "a", tmp_path / "b")
+        assert pifa_deploy("compare-tasks", *places).code == ExitCode.NOT_DECIDED
+        outcome = pifa_deploy("compare-tasks", *places, "--pooled", "--json", tmp_path / "out.json")
+        assert outcome.code == ExitCode.PASSED
+        written = json.loads((tmp_path / "out.json").read_text())
+        assert [decision["name"] for decision in written["decisions"]] == ["all tasks.acc"]
+        assert written["overall"]["examples"] == 2000 == sum(task["examples"] for task in written["tasks"])
+        assert re.search(r"all tasks +acc +2,000", outcome.out)
+        done = pifa_deploy("report", "--tasks", f"pifa={tmp_path / 'out.json'}", "--out", tmp_path / "report")
+        assert (done.code, done.err) == (ExitCode.PASSED, "")
+
     @pytest.mark.parametrize(
         ("edit", "message"),
         [
@@ -115,7 +153,13 @@ class TestFiles:
             (lambda text: text.replace('"acc": 1.0', '"acc": 0.5'), "acc is 0.5, expected 0 or 1"),
             (lambda text: text.replace('"acc"', '"bleu"'), "its samples have none of acc_norm, acc"),
             (lambda text: text.replace('"doc_hash": "0', '"doc_hash": "1'), "is another one in each run"),
-            (lambda text: "\n".join(text.splitlines()[:-1]), "1 examples are in one run only"),
+            (
+                lambda text: text.replace('"prompt_hash": "0', '"prompt_hash": "1'),
+                "asked in other words in each run",
+            ),
+            (lambda text: text.replace('"target_hash": "0', '"target_hash": "1'), "has another answer in each run"),
+            (lambda text: text.replace('"acc": 1.0', '"acc": NaN'), "acc is nan, expected 0 or 1"),
+            (lambda text: "\n".join(text.split("\n")[:-2]), "1 examples are in one run only"),
         ],
     )
     def test_what_cannot_be_compared_is_refused(self, edit: Any, message: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,46 +12,60 @@ import click
 
 from pifa_deploy.cli import console
 from pifa_deploy.errors import ExitCode, InputRefusedError, MisfitError
+from pifa_deploy.pipeline_file import STAGES, known_keys, read_pipeline
 
 if TYPE_CHECKING:
     from pifa_deploy.pipeline import Outcome
     from pifa_deploy.pipeline_file import PipelineFile
 
-_STAGES = ["cpu", "gpu"]
 # What ci itself gives to the commands, and what is no part of a pipeline.
-_OWN_FLAGS = ("json_path", "force", "out", "reference")
-_OWN_FLAGS_OF = {"verify": ("engine", "saved"), "bench": ("plan", "generated", "device")}
+_OWN_FLAGS = ("json_path", "force", "out", "reference", "undecided")
+_OWN_FLAGS_OF = {
+    "verify": ("engine", "saved"),
+    "bench": ("plan", "generated", "device"),
+    "compare-tasks": ("tasks",),
+}
+# Keys of a table that are no options, and the other command whose options stand in the same table.
+_OWN_KEYS = {"bench": ("contenders",), "tasks": ("contenders", "artefact")}
+_BESIDE = {"tasks": "compare-tasks", "compare-tasks": "tasks"}
 _RESULTS = {ExitCode.PASSED: "passed", ExitCode.GATE_FAILED: "FAILED", ExitCode.NOT_DECIDED: "not decided"}
 
 
 @click.command("ci")
 @click.argument("file", type=click.Path(path_type=Path), default=Path("pifa-deploy.toml"))
-@click.option("--stage", type=click.Choice(_STAGES), default="cpu", show_default=True, help="gpu: what needs a GPU.")
+@click.option("--stage", type=click.Choice(STAGES), default="cpu", show_default=True, help="gpu: what needs a GPU.")
 @click.option("--dry-run", is_flag=True, help="Show the commands and end.")
+@click.option("--show-folder", is_flag=True, help="Show the folder of all that is made and end.")
 @click.option("--force", is_flag=True, help="Run every step again.")
 @console.json_option
-def ci_command(file: Path, stage: str, dry_run: bool, force: bool, json_path: Path | None) -> int:
-    """Compress or import, export, verify, build, evaluate, bench and report what FILE asks for.
+def ci_command(file: Path, stage: str, dry_run: bool, show_folder: bool, force: bool, json_path: Path | None) -> int:
+    """Compress or import, export, verify, build, evaluate, run tasks, bench and report what FILE asks for.
 
     A step whose output stands for the same inputs is kept. Exit code 1 when a gate of any step failed, 3 when nothing
-    failed but something was not decided.
+    failed but something was not decided. A run that ends otherwise leaves no report.
     """
-    from pifa_deploy.pipeline import require_gpu, run_steps, verdict
-    from pifa_deploy.pipeline_file import read_pipeline
+    pipeline = read_pipeline(file)
+    if show_folder:
+        click.echo(os.path.relpath(pipeline.path.parent / pipeline.output))
+        return ExitCode.PASSED
+    from pifa_deploy.cli.ci_checks import check_files, check_options
+    from pifa_deploy.pipeline import remove_report, require_gpu, run_steps, verdict
     from pifa_deploy.pipeline_steps import steps_of
 
-    pipeline = read_pipeline(file)
     _check_targets(pipeline)
     # Both stages, so that a mistake in the other one is not found on the other machine.
-    stages = {name: steps_of(pipeline, name, arguments_of) for name in _STAGES}
-    steps, others = stages.pop(stage), next(iter(stages.values()))
+    stages = {name: steps_of(pipeline, name, arguments_of) for name in STAGES}
+    steps, others = stages.pop(stage), [step for step in next(iter(stages.values())) if not step.reports]
+    check_options(pipeline, [*steps, *others])
     if dry_run:
         for step in steps:
             click.echo(shlex.join(("pifa-deploy", *step.command(lambda place: True))))
         return ExitCode.PASSED
+    if pipeline.report is not None:
+        remove_report(pipeline)
     if stage == "gpu":
         require_gpu()
-    others = [step for step in others if step.title != "report"]
+    check_files(pipeline, steps)
     outcomes = run_steps(
         pipeline, steps, others=others, force=force, say=lambda line: click.echo(f"== {line}", err=True)
     )
@@ -87,25 +102,33 @@ def arguments_of(name: str, table: Mapping[str, Any], where: str) -> list[str]:
     Raises:
         InputRefusedError: a key that is no option of the command, or a value that it does not take.
     """
-    from pifa_deploy.cli.main import cli
-    from pifa_deploy.pipeline_file import known_keys
-
-    command = cli.get_command(click.Context(cli), name)
-    assert command is not None
-    options = {
-        max(option.opts, key=len).lstrip("-"): option
-        for option in command.params
-        if isinstance(option, click.Option) and option.name not in (*_OWN_FLAGS, *_OWN_FLAGS_OF.get(name, ()))
-    }
-    known_keys({key.replace("_", "-"): value for key, value in table.items()}, options, where)
+    options = _options(name)
+    others = _options(_BESIDE[name]) if name in _BESIDE else {}
+    known = (*_OWN_KEYS.get(name, ()), *options, *others)
+    known_keys({key.replace("_", "-"): value for key, value in table.items()}, known, where)
     arguments: list[str] = []
     for key, value in table.items():
+        if key.replace("_", "-") not in options:
+            continue
         option = options[key.replace("_", "-")]
         if isinstance(value, list) and not option.multiple:
             raise InputRefusedError(f"{where}: {key} is {value!r}, expected one value")
         for one in value if isinstance(value, list) else [value]:
             arguments += _argument(option, one, f"{where}: {key}")
     return arguments
+
+
+def _options(name: str) -> dict[str, click.Option]:
+    """Returns the options of a command that a table may give."""
+    from pifa_deploy.cli.main import cli
+
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    return {
+        max(option.opts, key=len).lstrip("-"): option
+        for option in command.params
+        if isinstance(option, click.Option) and option.name not in (*_OWN_FLAGS, *_OWN_FLAGS_OF.get(name, ()))
+    }
 
 
 def _argument(option: click.Option, value: Any, where: str) -> list[str]:

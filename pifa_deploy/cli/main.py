@@ -30,6 +30,7 @@ _COMMANDS = {
     "plugin": ("plugin", "Build the TensorRT plugin in CUDA, or describe it."),
     "verify": ("check", "Compare an ONNX folder with its PyTorch checkpoint."),
     "evaluate": ("check", "Perplexity of checkpoints on a text."),
+    "tasks": ("compare", "Run tasks of lm-eval on a checkpoint or ONNX folder."),
     "compare-tasks": ("compare", "Compare two lm-eval runs, example by example."),
     "bench": ("bench", "Latency, memory and energy of contenders, side by side."),
     "report": ("report", "One report of all results: JSON, Markdown, JUnit, HTML."),

@@ -74,7 +74,7 @@ def compress_command(model: str, out: Path, json_path: Path | None, **flags: Any
     """
     from pifa_deploy.compression import compress_model
 
-    chosen = _compress_options(flags)
+    chosen = compress_options(flags)
     main = os.environ.get("RANK", "0") == "0"
     with _resumable(out), console.stage(f"compress {model}") if main else contextlib.nullcontext():
         summary = compress_model(model, out, chosen, report=_show_layer)
@@ -99,7 +99,7 @@ def _pivots(layout: LayoutSummary) -> str:
     return f"{places}, max |C| {layout.max_coefficient:.3g}"
 
 
-def _compress_options(flags: dict[str, Any]) -> CompressOptions:
+def compress_options(flags: dict[str, Any]) -> CompressOptions:
     """Returns the options that the command line asks for; what was not given keeps its default."""
     from pifa_deploy.calibration import CalibrationOptions
     from pifa_deploy.compression import ActivationOptions, CompressOptions, ReconstructionOptions

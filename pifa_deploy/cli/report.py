@@ -15,23 +15,25 @@ if TYPE_CHECKING:
     from pifa_deploy.report_stages import Source
 
 _EXIT = {"passed": ExitCode.PASSED, "failed": ExitCode.GATE_FAILED, "not decided": ExitCode.NOT_DECIDED}
-_MARKS = {True: "passed", False: "FAILED", None: "not decided"}
-_PRECISIONS = ("fp32", "fp16", "bf16", "fp8", "int8")  # those of proof.PRECISIONS, which --help need not import
 
 
 @click.command("report")
 @click.option("--verify", multiple=True, metavar="[NAME=]FILE", help="What verify --json wrote; repeatable.")
 @click.option("--bench", multiple=True, metavar="[NAME=]FILE", help="What bench --json wrote; repeatable.")
 @click.option("--evaluate", multiple=True, metavar="[NAME=]FILE", help="What evaluate --json wrote; repeatable.")
+@click.option("--tasks", multiple=True, metavar="[NAME=]FILE", help="What compare-tasks --json wrote; repeatable.")
 @click.option("--engine", multiple=True, metavar="[NAME=]DIR", help="An engine folder; repeatable.")
 @click.option("--checkpoint", multiple=True, metavar="[NAME=]DIR", help="A checkpoint, for its ranks; repeatable.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to make.")
 @click.option("--title", default="Deployment report", show_default=True)
 @click.option("--baseline-report", type=click.Path(path_type=Path), help="An earlier report.json to compare with.")
 @click.option("--max-regression", type=float, metavar="SHARE", help="Fail where a figure is worse than there by more.")
-@click.option("--require-precision", type=click.Choice(_PRECISIONS), help="Widest precision of any matrix product.")
+@click.option(
+    "--require-precision", type=click.Choice(console.PRECISIONS), help="Widest precision of any matrix product."
+)
 @click.option("--require-plugin", is_flag=True, help="Every PIFA module must be computed by a plugin layer.")
 @click.option("--require-sparse", is_flag=True, help="The build log must show that sparse kernels were picked.")
+@click.option("--undecided", multiple=True, metavar="TITLE=REASON", help="What left no result; repeatable.")
 @console.force_option
 @console.json_option
 def report_command(
@@ -42,11 +44,12 @@ def report_command(
     require_precision: str | None,
     require_plugin: bool,
     require_sparse: bool,
+    undecided: tuple[str, ...],
     force: bool,
     json_path: Path | None,
     **given: tuple[str, ...],
 ) -> int:
-    """Put the results of verify, bench and evaluate and the contents of engines into one report.
+    """Put the results of verify, bench, evaluate and compare-tasks and the contents of engines into one report.
 
     OUT gets report.json (docs/report.schema.json), report.md for a pull request, report.xml (JUnit) and report.html,
     one file that loads nothing. The report collects the stages' decisions and measures nothing. NAME is what a result
@@ -69,6 +72,7 @@ def report_command(
         gates=gates,
         baseline=baseline_report,
         max_regression=max_regression,
+        undecided=tuple(map(_reason, undecided)),
     )
     report = make_report(options)
     write_report(report, out, force=force)
@@ -80,8 +84,15 @@ def report_command(
 
 def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
     columns = ("stage", "label", "name", "value", "limit")
-    rows = [(*(gate[column] for column in columns), _MARKS[gate["passed"]]) for gate in gates]
+    rows = [(*(gate[column] for column in columns), console.MARKS[gate["passed"]]) for gate in gates]
     return console.table((*columns, "result"), rows)
+
+
+def _reason(given: str) -> tuple[str, str]:
+    title, _, reason = given.partition("=")
+    if not title or not reason:
+        raise ValueError(f"--undecided is {given!r}, expected TITLE=REASON")
+    return title, reason
 
 
 def _source(kind: str, place: str) -> Source:
