@@ -31,12 +31,14 @@ class BoundOptions:
         bandwidth_gb_s: instead of the datasheet's.
         peak_tflops: dense rate in the contender's dtype, instead of the datasheet's.
         launch_us: cost of one more kernel; assumed for a target and 0 without one when None.
+        measured: whether the two figures were measured on this machine, not stated.
     """
 
     target: Target | None = None
     bandwidth_gb_s: float | None = None
     peak_tflops: float | None = None
     launch_us: float | None = None
+    measured: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError where something is given that bounds nothing by itself, or is out of its range."""
@@ -63,7 +65,7 @@ class BoundOptions:
             launch_seconds=(self.launch_us or 0.0) * 1e-6,
             itemsize=ITEMSIZES[dtype],
             tile=1,
-            sources=dict.fromkeys(("bandwidth", "peak", "launch_seconds"), "given"),
+            sources=dict.fromkeys(("bandwidth", "peak", "launch_seconds"), "measured" if self.measured else "given"),
         )
 
     def _limit_options(self, dtype: str) -> LimitOptions:

@@ -12,10 +12,12 @@ from pifa_deploy.pipeline_step import CPU, GPU, PLUGIN, Arguments, Step, backend
 from pifa_deploy.targets import RTX
 
 # Options of [verify] that have a meaning for the other artefact only.
-_OF_THE_OTHER = {"onnx": ("plugin",), "engine": ("source", "level", "bisect")}
+_OF_THE_OTHER = {"onnx": ("plugin", "device"), "engine": ("source", "level", "bisect")}
 _DEVICES = {"onnx": "cpu", "engine": "cuda"}
-# Options of [bench.NAME] that ask about a GPU or its engines, and figures that two machines do not have in common.
+# Options of [bench.NAME] that ask about a GPU or its engines, or about a CPU, and figures that two machines do not have
+# in common.
 _OF_GPUS = ("target", "cuda-graph", "launch-us", "require-precision", "require-plugin", "require-sparse")
+_OF_CPUS = ("measure-limits",)
 _OF_ONE_MACHINE = ("bandwidth", "peak-tflops")
 
 
@@ -140,10 +142,11 @@ def _bench_options(table: BenchTable, artefact: str, where: str) -> Table:
         raise InputRefusedError(f"{where}: {key} is of one machine; give it in [bench.{table.name}.cpu] or .gpu")
     for key in _among(_OF_GPUS, table.cpu):
         raise InputRefusedError(f"{where}: {key} in .cpu is about a GPU; give it in [bench.{table.name}] or .gpu")
-    if artefact == "engine":
-        return {**table.options, **table.gpu}
-    idle = _among(_OF_GPUS, table.options)
-    return {**{key: value for key, value in table.options.items() if key not in idle}, **table.cpu}
+    for key in _among(_OF_CPUS, table.gpu):
+        raise InputRefusedError(f"{where}: {key} in .gpu is about a CPU; give it in [bench.{table.name}] or .cpu")
+    idle = _among(_OF_CPUS if artefact == "engine" else _OF_GPUS, table.options)
+    general = {key: value for key, value in table.options.items() if key not in idle}
+    return {**general, **(table.gpu if artefact == "engine" else table.cpu)}
 
 
 def _among(names: tuple[str, ...], table: Table) -> list[str]:

@@ -109,6 +109,7 @@ ORDER = [
     "timed_contenders",
     "layer_profile",
     "contender_bounds",
+    "cpu_limits",
     "peak_memory",
     "bench_report",
     "bench",

@@ -364,6 +364,7 @@ def test_each_stage_is_measured_with_its_own_options(file: Callable[[str], Path]
     ("bench", "pattern"),
     [
         ("bandwidth = 20.0", r"\[bench\.t\]: bandwidth is of one machine; give it in \[bench\.t\.cpu\] or \.gpu"),
+        ("[bench.t.gpu]\nmeasure-limits = true", r"\[bench\.t\]: measure-limits in \.gpu is about a CPU"),
         ('[bench.t.cpu]\ntarget = "rtx3090"', r"\[bench\.t\]: target in \.cpu is about a GPU; give it in \[bench\.t\]"),
         ("[bench.t.gpu]\nprefil = [8]", r"\[bench\.t\]: unknown key 'prefil'; did you mean prefill\?"),
     ],
@@ -372,6 +373,12 @@ def test_an_option_of_the_wrong_stage_is_refused(file: Callable[[str], Path], be
     pipeline = read_pipeline(file(f"{WHOLE}[build]\n[bench.t]\n{bench}\n"))
     with pytest.raises(InputRefusedError, match=pattern):
         [steps_of(pipeline, stage, arguments_of) for stage in ("cpu", "gpu")]
+
+
+def test_limits_are_measured_in_the_cpu_stage_only(file: Callable[[str], Path]) -> None:
+    pipeline = read_pipeline(file(f"{WHOLE}[build]\n[bench.t]\nmeasure-limits = true\n"))
+    found = {stage: steps_of(pipeline, stage, arguments_of)[-1].arguments for stage in ("cpu", "gpu")}
+    assert {stage: "--measure-limits" in arguments for stage, arguments in found.items()} == {"cpu": True, "gpu": False}
 
 
 def test_results_depend_on_what_ran_them(file: Callable[[str], Path]) -> None:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 _PREFILL, _DECODE = (128, 512), (128,)
 _CLOCK = ("warm_up_ms", "iterations", "duration_s", "rounds", "seed")
 _NOT_CHOOSING = (
-    *("decode", "batch", "cuda_graph", "baseline", "fixed", "target", "bandwidth_gb_s", "peak_tflops", "launch_us"),
-    *("gate_speed_up", "max_spread", "memory", "layers", "require_precision", "require_plugin", "require_sparse"),
+    *("decode", "batch", "cuda_graph", "baseline", "fixed", "gate_speed_up", "max_spread", "memory", "layers"),
+    *("target", "bandwidth_gb_s", "peak_tflops", "launch_us", "measure_limits"),
+    *("require_precision", "require_plugin", "require_sparse"),
 )
 _MODULES = {
     "torch": "torch",
@@ -51,6 +52,7 @@ _MODULES = {
 @click.option("--bandwidth", "bandwidth_gb_s", type=float, help="GB/s to bound by, instead of the datasheet's.")
 @click.option("--peak-tflops", type=float, help="Dense rate to bound by, instead of the datasheet's.")
 @click.option("--launch-us", type=float, help="Cost of a kernel to bound by; assumed by GPU if left out.")
+@click.option("--measure-limits", is_flag=True, help="Bound by what this CPU reaches by itself, measured first.")
 @click.option("--gate-speed-up", multiple=True, metavar="NAME=X", help="Fail where the interval reaches below X.")
 @click.option("--max-spread", type=float, help="Largest coefficient of variation; 0.025 is warned of.")
 @click.option("--require-precision", type=click.Choice(console.PRECISIONS), help="Widest of engines' matrix products.")
@@ -85,6 +87,8 @@ def bench_command(places: tuple[str, ...], json_path: Path | None, **flags: Any)
     options = bench_options(flags)
     from pifa_deploy.bench import run_bench
 
+    if flags["measure_limits"]:
+        options = _with_limits(options)
     report = run_bench(named, options, console.stage)
     if console.result({**report.to_json(), "command": console.command_line()}, json_path):
         click.echo(_heading(report))
@@ -144,8 +148,15 @@ def _choose(named: dict[str, str], path: Path, json_path: Path | None, flags: di
     return ExitCode.PASSED
 
 
+def _with_limits(options: BenchOptions) -> BenchOptions:
+    from pifa_deploy.cpu_limits import measured_bounds
+
+    with console.stage("limits of this CPU"):
+        return replace(options, bounds=measured_bounds(options.run.chosen_threads))
+
+
 def bench_options(flags: dict[str, Any]) -> BenchOptions:
-    """Returns what the command line asks for."""
+    """Returns what the command line asks for; --measure-limits is for the caller."""
     from pifa_deploy.targets import targets_named
 
     target = targets_named([flags["target"]], otherwise="")[0] if flags["target"] else None
@@ -158,15 +169,21 @@ def bench_options(flags: dict[str, Any]) -> BenchOptions:
     from pifa_deploy.timed_contenders import RunOptions
 
     asked = bool(flags["prefill"] or flags["decode"])
+    run = RunOptions(**{name: flags[name] for name in ("device", "threads", "cuda_graph", "dtype")})
+    bounds = BoundOptions(
+        target=target, **{name: flags[name] for name in ("bandwidth_gb_s", "peak_tflops", "launch_us")}
+    )
+    if flags["measure_limits"] and (bounds.asked or run.chosen_device != "cpu"):
+        raise ValueError(
+            "--measure-limits measures this CPU; leave it out with --device cuda and beside --target or --bandwidth"
+        )
     return BenchOptions(
         prefill=flags["prefill"] if asked else _PREFILL,
         decode=flags["decode"] if asked else _DECODE,
         **{name: flags[name] for name in ("batch", "baseline", "fixed", "memory", "layers")},
-        run=RunOptions(**{name: flags[name] for name in ("device", "threads", "cuda_graph", "dtype")}),
+        run=run,
         clock=ClockOptions(**{name: flags[name] for name in _CLOCK}),
-        bounds=BoundOptions(
-            target=target, **{name: flags[name] for name in ("bandwidth_gb_s", "peak_tflops", "launch_us")}
-        ),
+        bounds=bounds,
         gates=BenchGates(
             speed_up=_gates(flags["gate_speed_up"]),
             max_spread=flags["max_spread"],
