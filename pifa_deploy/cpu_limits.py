@@ -67,7 +67,8 @@ def _multiplying_s(threads: int) -> float:
 def _best_s(call: Callable[[], object]) -> float:
     """Returns the least seconds of a call: others on the machine only add to it."""
     call()
-    times, end = [], time.perf_counter() + _SECONDS
+    times: list[float] = []
+    end = time.perf_counter() + _SECONDS
     while not times or time.perf_counter() < end:
         start = time.perf_counter()
         call()

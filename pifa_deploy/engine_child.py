@@ -7,7 +7,6 @@ JSON result into the working directory; `pifa_deploy.engine` reads them.
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import os
@@ -24,6 +23,7 @@ from typing import Any
 import onnx
 
 from pifa_deploy import op_spec
+from pifa_deploy.child_process import end_with_parent
 from pifa_deploy.onnx_folder import external_files
 from pifa_deploy.onnx_passes import take_tensorrt_bodies
 from pifa_deploy.plugin_library import load_library
@@ -31,7 +31,6 @@ from pifa_deploy.proof import INSPECTOR_JSON
 from pifa_deploy.targets import RTX
 
 INSPECT = "inspect"
-_PR_SET_PDEATHSIG = 1
 _PARSED = Path("parsed")  # in the working directory, gone when the engine is there
 _FUNCTION_NODE = re.compile(rf"\| ([^|\]]+) \((?:{'|'.join(op_spec.FORMS)})\)\]")
 
@@ -45,7 +44,7 @@ def main(spec_path: str, task: str = "") -> None:
             "engine" and "result" (files to write).
         task: INSPECT for the latter.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    end_with_parent(signal.SIGKILL)
     spec = json.loads(Path(spec_path).read_text(encoding="utf-8"))
     # Polygraphy reads this once, when it is imported.
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = "1" if spec["backend"] == RTX else "0"
