@@ -145,7 +145,7 @@ class TaskReport:
     @property
     def judged(self) -> tuple[PairedAccuracy, ...]:
         """What is decided about."""
-        return (self.overall,) if self.options.pooled else self.tasks
+        return (self.overall,) if self.options.pooled and len(self.tasks) > 1 else self.tasks
 
     @property
     def passed(self) -> bool | None:
@@ -226,7 +226,10 @@ def _run(place: Path) -> dict[str, Path]:
 
 def _pairs(task: str, files: Sequence[Path], options: TaskOptions) -> tuple[str, Pairs]:
     """Returns the metric, and who has which examples right."""
-    samples = [read_samples(file, options.filter) for file in files]
+    reference = read_samples(files[0], options.filter)
+    # The order of filters is that of a task's file, which may have changed between the runs.
+    first = options.filter or next((str(sample.get("filter", "none")) for sample in reference.values()), None)
+    samples = [reference, read_samples(files[1], first)]
     missing = samples[0].keys() ^ samples[1].keys()
     if missing:
         raise InputRefusedError(

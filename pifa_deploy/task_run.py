@@ -43,13 +43,15 @@ class TaskRunOptions:
     batch_size: int = 1
 
     def __post_init__(self) -> None:
-        """Raises ValueError for no task or a number out of range."""
+        """Raises ValueError for no task, another device, or a number out of range."""
         if not self.tasks:
             raise ValueError("there is no task to run; name one with --task")
         for name, least in (("limit", 1), ("batch_size", 1), ("num_fewshot", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} is {value}, expected at least {least}")
+        if self.device not in ("cpu", "cuda"):
+            raise ValueError(f"device is {self.device!r}, expected cpu or cuda")
 
 
 def run_tasks(place: str, out: Path | str, options: TaskRunOptions, *, force: bool = False) -> dict[str, Any]:

@@ -12,13 +12,12 @@ from pifa_deploy.cli.bench import bench_command
 from pifa_deploy.cpu_limits import measured_bounds
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _short() -> None:
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     # A tenth of the memory and the time: these tests ask what is measured, not how well.
-    patch = pytest.MonkeyPatch()
-    patch.setattr(cpu_limits, "_SECONDS", 0.1)
-    patch.setattr(cpu_limits, "_READ_BYTES", 64 << 20)
-    patch.setattr(cpu_limits, "_SIDE", 512)
+    monkeypatch.setattr(cpu_limits, "_SECONDS", 0.1)
+    monkeypatch.setattr(cpu_limits, "_READ_BYTES", 64 << 20)
+    monkeypatch.setattr(cpu_limits, "_SIDE", 512)
 
 
 def test_no_single_try_beats_them_by_much() -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 from onnx import inliner
 
@@ -57,6 +56,7 @@ class PlainBody:
         model = inliner.inline_local_functions(model)
         names = [inner.output[0] for inner in model.graph.node]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+        onnxruntime = pytest.importorskip("onnxruntime", reason="needs ONNX Runtime: pip install 'pifa-deploy[cpu]'")
         session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
         values = {**feed, **dict(zip(names, session.run(names, feed), strict=True))}
         self.sizes = {name: value.nbytes for name, value in values.items()}

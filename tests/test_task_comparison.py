@@ -108,6 +108,23 @@ class TestFiles:
         file.write_text(strict + strict.replace('"filter": "none"', '"filter": "flexible"'))
         assert compare_tasks(folder, folder, TaskOptions()).tasks[0].examples == 3
 
+    def test_both_runs_are_read_by_the_filter_that_is_first_in_the_reference(self, tmp_path: Path) -> None:
+        for name, order in (("a", ("strict", "flexible")), ("b", ("flexible", "strict"))):
+            folder = write_run(tmp_path / name, "gsm8k", [1, 0, 1])
+            (file,) = folder.rglob("*.jsonl")
+            answers = {"strict": file.read_text().replace('"none"', '"strict"')}
+            answers["flexible"] = (
+                answers["strict"].replace('"strict"', '"flexible"').replace('"acc": 0.0', '"acc": 1.0')
+            )
+            file.write_text("".join(answers[kind] for kind in order))
+        (task,) = compare_tasks(tmp_path / "a", tmp_path / "b", TaskOptions()).tasks
+        assert (task.reference, task.candidate) == (2 / 3, 2 / 3)
+
+    def test_one_task_pooled_is_that_task(self, tmp_path: Path) -> None:
+        folder = write_run(tmp_path / "a", "arc", [1, 0, 1])
+        found = compare_tasks(folder, folder, TaskOptions(pooled=True)).to_json()
+        assert [decision["name"] for decision in found["decisions"]] == ["arc.acc"]
+
     def test_another_filter_can_be_chosen(self, tmp_path: Path, pifa_deploy: Any) -> None:
         folder = write_run(tmp_path / "a", "gsm8k", [1, 0, 1])
         (file,) = folder.rglob("*.jsonl")

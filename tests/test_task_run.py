@@ -181,6 +181,7 @@ def test_samples_that_lm_eval_only_warns_about_are_missed(tmp_path: Path) -> Non
         ({"limit": 0}, "limit is 0, expected at least 1"),
         ({"num_fewshot": -1}, "num_fewshot is -1, expected at least 0"),
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
+        ({"device": "cpuu"}, "device is 'cpuu', expected cpu or cuda"),
     ],
 )
 def test_options_out_of_range_are_an_error(changes: dict[str, Any], message: str) -> None:

@@ -22,7 +22,7 @@ _COLUMNS = ("task", "metric", "examples", "reference", "candidate", "lost", "won
 @click.option("--num-fewshot", type=int, help="Solved examples in a prompt; the task's number if left out.")
 @click.option("--apply-chat-template", is_flag=True, help="Put prompts into the tokenizer's chat template.")
 @click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), help="Of a checkpoint; fp32 if left out.")
-@click.option("--device", default="cpu", show_default=True, help="Of a checkpoint; ONNX folders run on the CPU.")
+@click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="Of a checkpoint.")
 @click.option("--batch-size", type=int, default=1, show_default=True, help="Prompts that are run together.")
 @console.force_option
 @console.json_option
