@@ -11,7 +11,7 @@ JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 
 help:
 	@echo "make demo       the whole flow on SmolLM2-135M, no GPU needed (about 13 minutes on 2 cores)"
-	@echo "make test       the tests (about a quarter of an hour)"
+	@echo "make test       the tests (about 9 minutes on 2 cores)"
 	@echo "make test-slow  the long checks"
 	@echo "make lint       ruff and mypy"
 	@echo "make plugin     the TensorRT plugin for every GPU that nvcc knows, in plugins/build"
