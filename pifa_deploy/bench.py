@@ -15,7 +15,7 @@ from pifa_deploy.energy import Meter, counter_meter, joules_per_launch, rail_met
 from pifa_deploy.environment import LoadMeter, this_environment
 from pifa_deploy.gpu_state import GpuState, gpu_processes, gpu_reader
 from pifa_deploy.latency import ClockOptions, Laps, measure
-from pifa_deploy.layer_profile import LayerProfile, check_layers, layer_times
+from pifa_deploy.layer_profile import LayerProfile, check_layers, profile_contenders
 from pifa_deploy.peak_memory import measure_memory
 from pifa_deploy.proof import Proof, prove
 from pifa_deploy.runners import Step, TimedCall
@@ -278,12 +278,8 @@ def _rows(
 
 
 def _layers(contenders: Sequence[TimedContender], options: BenchOptions, stage: Stage) -> LayerProfile:
-    steps, meter = [_step(contenders, size) for size in options.sizes], LoadMeter()
-    found = {}
-    for one in contenders:
-        with stage(f"layers of {one.name}"):
-            found[one.name] = layer_times(one, steps, threads=options.run.chosen_threads)
-    return LayerProfile(times=found, load=meter.read(), on_gpu=options.run.chosen_device != "cpu")
+    steps = [_step(contenders, size) for size in options.sizes]
+    return profile_contenders(contenders, steps, options.run, stage=stage)
 
 
 def _memory(contender: TimedContender, options: BenchOptions) -> dict[str, int | None]:

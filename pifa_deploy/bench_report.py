@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pifa_deploy.environment import Environment, Load
@@ -199,7 +199,9 @@ class BenchReport:
     @property
     def decisions(self) -> tuple[Decision | ProofDecision, ...]:
         """Every gate."""
-        return (*judge(self.cases, self.gates), *judge_proofs(self.proofs, self.gates.proof))
+        judged = judge_proofs(self.proofs, self.gates.proof)
+        proven = (replace(one, name=f"{name}: {one.name}") for name, found in judged.items() for one in found)
+        return (*judge(self.cases, self.gates), *proven)
 
     @property
     def passed(self) -> bool | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import signal
 import subprocess
 import threading
@@ -13,6 +14,7 @@ from types import FrameType
 from typing import IO, Any
 
 _PR_SET_PDEATHSIG = 1
+_PARENT = "PIFA_DEPLOY_PARENT"  # in the child's environment: the process that waits for it
 
 
 def exit_status(
@@ -48,7 +50,7 @@ def exit_status(
             child = subprocess.Popen(
                 command,
                 cwd=cwd,
-                env=env,
+                env={**(os.environ if env is None else env), _PARENT: str(os.getpid())},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
@@ -61,8 +63,15 @@ def exit_status(
 
 
 def end_with_parent(number: signal.Signals) -> None:
-    """Has this process sent a signal when the thread that started it ends, in whatever way (prctl(2); Linux)."""
+    """Has this process sent a signal when the thread that started it ends, in whatever way (prctl(2); Linux).
+
+    At once where `exit_status` started it and the process that called that has ended already.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    # Of a death before this call the kernel tells nothing; the orphan has another parent by then.
+    parent = os.environ.pop(_PARENT, None)
+    if parent is not None and parent != str(os.getppid()):
+        os.kill(os.getpid(), number)
 
 
 def _end(child: subprocess.Popen[Any], grace_s: float) -> None:

@@ -24,6 +24,8 @@ import onnx
 
 from pifa_deploy import op_spec
 from pifa_deploy.child_process import end_with_parent
+from pifa_deploy.engine_layers import layers_in_inspector
+from pifa_deploy.errors import InputRefusedError
 from pifa_deploy.onnx_folder import external_files
 from pifa_deploy.onnx_passes import take_tensorrt_bodies
 from pifa_deploy.plugin_library import load_library
@@ -65,11 +67,24 @@ def inspect(spec: dict[str, Any]) -> None:
     if spec["plugin_library"]:
         load_library(trt, spec["plugin_library"])
     engine = EngineFromBytes(Path(spec["engine"]).read_bytes())()
-    told = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    keep_inspected(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON), Path.cwd())
+
+
+def keep_inspected(told: str, folder: Path) -> None:
+    """Writes inspector.json, which is read before build.log, and so only where it tells of layers.
+
+    Raises:
+        InputRefusedError: it tells of none; nothing is written.
+    """
     # The process may die of what the engine takes in memory: half a file must not bear the name.
-    partial = Path(f"{INSPECTOR_JSON}.partial")
-    partial.write_text(told, encoding="utf-8")
-    partial.replace(INSPECTOR_JSON)
+    partial = folder / f"{INSPECTOR_JSON}.partial"
+    try:
+        partial.write_text(told, encoding="utf-8")
+        if not layers_in_inspector(partial, {}):
+            raise InputRefusedError("TensorRT's EngineInspector told of no layer; build.log says what there is")
+        partial.replace(folder / INSPECTOR_JSON)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def build(spec: dict[str, Any]) -> dict[str, Any]:

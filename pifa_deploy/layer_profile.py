@@ -9,8 +9,8 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,12 +18,13 @@ from torch import nn
 
 from pifa_deploy.decoder_step import Step
 from pifa_deploy.engine_profile import modules_of_engine, times_of_modules
-from pifa_deploy.environment import Load
+from pifa_deploy.environment import Load, LoadMeter
+from pifa_deploy.errors import StageFailedError
 from pifa_deploy.linear_nodes import Launch, in_a_layer
 from pifa_deploy.onnx_folder import open_folder
 from pifa_deploy.onnx_profile import check_profilable, profile_onnx
 from pifa_deploy.tensorrt_runner import TensorRTRunner
-from pifa_deploy.timed_contenders import TimedContender
+from pifa_deploy.timed_contenders import RunOptions, TimedContender
 from pifa_deploy.torch_runner import TorchRunner
 from pifa_deploy.transformers_quantizer import KINDS
 
@@ -62,16 +63,19 @@ class LayerProfile:
         times: contender -> its times in each case.
         load: how busy the machine was meanwhile.
         on_gpu: whether they ran on one.
+        failures: contender -> why it has no times here.
     """
 
     times: Mapping[str, Sequence[LayerTimes]]
     load: Load
     on_gpu: bool
+    failures: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def warnings(self) -> list[str]:
-        """What makes the times doubtful."""
-        return self.load.disturbances(on_gpu=self.on_gpu)
+        """What makes the times doubtful, and whose are missing."""
+        missing = [f"{name} was not profiled: {reason}" for name, reason in self.failures.items()]
+        return [*missing, *self.load.disturbances(on_gpu=self.on_gpu)]
 
     def to_json(self, cases: Sequence[str]) -> list[dict[str, Any]]:
         """Returns an object for each case, named as in `cases`."""
@@ -122,6 +126,34 @@ def layer_times(contender: TimedContender, steps: Sequence[Step], *, threads: in
     else:
         profiles = profile_onnx(open_folder(contender.path), steps, threads=threads, launches=launches)
     return [medians_of(found[_WARM_UP:]) for found in profiles]
+
+
+def profile_contenders(
+    contenders: Sequence[TimedContender],
+    steps: Sequence[Step],
+    options: RunOptions,
+    *,
+    stage: Callable[[str], AbstractContextManager[None]],
+) -> LayerProfile:
+    """Profiles contenders one after the other; one whose profile fails is left out, with a warning.
+
+    Args:
+        contenders: see `open_timed`.
+        steps: as `layer_times`.
+        options: that they were opened with.
+        stage: context manager that shows what is under way.
+
+    Raises:
+        As `layer_times`, but for StageFailedError: it must not cost the times that were measured before.
+    """
+    found, failures, meter = {}, {}, LoadMeter()
+    for one in contenders:
+        with stage(f"layers of {one.name}"):
+            try:
+                found[one.name] = layer_times(one, steps, threads=options.chosen_threads)
+            except StageFailedError as error:
+                failures[one.name] = str(error)
+    return LayerProfile(times=found, load=meter.read(), on_gpu=options.chosen_device != "cpu", failures=failures)
 
 
 def medians_of(launches: Sequence[Launch]) -> LayerTimes:

@@ -20,9 +20,16 @@ from typing import Any
 from pifa_deploy.errors import OutputError, OutputExistsError, OutputHeldError
 from pifa_deploy.op_spec import QUANT_METHOD
 
-# A folder whose files say none of this was not made by this program: --force does not replace it. (Any
-# config.json would not do: it also marks the dense model of the user.)
-ARTEFACT_FILES = ("pifa.json", "engine.json", "report.json", "sparsity.json", "tasks.json")
+# File -> its "artefact", None where it states none. A folder whose files say none of this was not made by this
+# program: --force does not replace it. (Any config.json would not do: it also marks the dense model of the user; nor
+# any tasks.json: what `compare-tasks --json` wrote may lie among the user's files.)
+ARTEFACT_FILES = {
+    "pifa.json": "onnx",
+    "engine.json": None,
+    "report.json": "report",
+    "sparsity.json": "2:4",
+    "tasks.json": "tasks",
+}
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _NO_PLACE = (
@@ -142,8 +149,8 @@ def _is_artefact(folder: Path) -> bool:
             if name == "config.json":
                 mine = found["quantization_config"]["quant_method"] == QUANT_METHOD
             else:
-                mine = isinstance(found["schema"], int)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                mine = isinstance(found["schema"], int) and found.get("artefact") == ARTEFACT_FILES[name]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             continue
         if mine:
             return True

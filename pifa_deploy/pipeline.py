@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from pifa_deploy.errors import (
 from pifa_deploy.pipeline_file import PipelineFile
 from pifa_deploy.pipeline_record import JUDGED, STEPS_FILE, StepRecord
 from pifa_deploy.pipeline_report import REPORT
-from pifa_deploy.pipeline_step import Step
+from pifa_deploy.pipeline_step import Step, within
 from pifa_deploy.report import REPORT_JSON
 from pifa_deploy.targets import local_gpus
 
@@ -60,7 +60,8 @@ class StepFailedError(PifaDeployError):
         super().__init__(
             f"{title} {how}; its own message stands above, and this repeats it in the folder of the file: {again}"
         )
-        known = exit_code in tuple(ExitCode)
+        # A gate that failed is a result; 1 of a step that has none is the interpreter's.
+        known = exit_code in tuple(ExitCode) and exit_code != ExitCode.GATE_FAILED
         self.exit_code = ExitCode(exit_code) if known else ExitCode.STAGE_FAILED
 
 
@@ -92,8 +93,8 @@ def run_steps(
     _check_needs(root, steps, others)
     record = StepRecord(root, root / file.output / STEPS_FILE, environment)
     made = {step.output for step in (*steps, *others)}
-    stale = _stale(root, record, others, say)
-    current = {step.output for step in others} - stale.keys()
+    stale = _stale(root, record, others, lacking=(), say=say)
+    current = {step.output for step in others} - stale
     lacking = set(stale)
     outcomes: list[Outcome] = []
 
@@ -101,9 +102,12 @@ def run_steps(
         return (root / place).exists() and (place in current or place not in made)
 
     for step in steps:
-        missing = lacking.intersection(step.needs)
+        if step.reports:
+            # Steps above may have made again, or not at all, what results of the other stage are about.
+            current -= _stale(root, record, others, lacking=lacking, say=say)
+        missing = [place for place in step.needs if within(place, lacking)]
         if missing:
-            reason = f"needs {min(missing)}{_NOT_CURRENT if min(missing) in stale else ''}"
+            reason = f"needs {min(missing)}{_NOT_CURRENT if within(min(missing), stale) else ''}"
             say(f"not decided {step.output}: {step.title} {reason}")
             outcomes.append(Outcome(step=step, exit_code=ExitCode.NOT_DECIDED, kept=False, undecided=reason))
         else:
@@ -115,14 +119,24 @@ def run_steps(
     return outcomes
 
 
-def _stale(root: Path, record: StepRecord, others: Sequence[Step], say: Callable[[str], None]) -> dict[Path, str]:
-    """Returns what the other stage made from anything else than it would now, with why."""
-    stale: dict[Path, str] = {}
+def _stale(
+    root: Path,
+    record: StepRecord,
+    others: Sequence[Step],
+    *,
+    lacking: Collection[Path],
+    say: Callable[[str], None],
+) -> set[Path]:
+    """Returns what the other stage made from anything else than it would now, besides what is known to be lacking."""
+    stale: set[Path] = set()
     for step in others:
+        if step.output in lacking:
+            continue
         change = record.change(step, step.arguments, elsewhere=True)
-        reason = change or next((f"{place} is not" for place in step.needs if place in stale), None)
+        needs = (place for place in step.needs if within(place, {*stale, *lacking}))
+        reason = change or next((f"{place} is not" for place in needs), None)
         if reason:
-            stale[step.output] = reason
+            stale.add(step.output)
             if (root / step.output).exists():
                 say(f"not up to date {step.output}: {reason}")
     return stale
@@ -160,9 +174,13 @@ def _run(root: Path, step: Step, command: Sequence[str]) -> int:
         # A step that cannot decide writes nothing: an earlier result must not stand for this one.
         (root / step.output).unlink()
     process = [sys.executable, "-m", "pifa_deploy.cli.step", *command]
-    code = exit_status(process, cwd=root, output=sys.stderr, grace_s=_GRACE_S)
+    # A pifa_deploy.py in the folder of the file is not this program (Python 3.11 and later).
+    environment = {**os.environ, "PYTHONSAFEPATH": "1"}
+    code = exit_status(process, cwd=root, env=environment, output=sys.stderr, grace_s=_GRACE_S)
     optional = (ExitCode.NOT_DECIDED,) if step.optional else ()
-    if code not in (JUDGED if step.judges else (ExitCode.PASSED, *optional)):
+    # 1 is also what an interpreter ends with that never came to the command; a gate that failed leaves its result.
+    died = code == ExitCode.GATE_FAILED and not (root / step.output).exists()
+    if died or code not in (JUDGED if step.judges else (ExitCode.PASSED, *optional)):
         raise StepFailedError(step.title, command, code)
     return code
 
@@ -192,7 +210,7 @@ def _check_needs(root: Path, steps: Sequence[Step], others: Sequence[Step]) -> N
     made = {step.output for step in others if step.optional}
     for step in steps:
         for place in step.needs:
-            if place not in made and ":" not in str(place) and not (root / place).exists():
+            if not within(place, made) and ":" not in str(place) and not (root / place).exists():
                 raise InputMissingError(
                     f"{place}: is not there, {step.title} needs it; make it, or bring the folder of --stage cpu here"
                 )

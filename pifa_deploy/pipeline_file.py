@@ -259,6 +259,9 @@ def _bench(path: Path, tables: Table | None, variants: Sequence[Variant]) -> tup
         contenders = _contenders(where, table, variants)
         _check_exported(f"{where}: {{}} is measured as ONNX", contenders, variants)
         own = {stage: _table(table, stage, where) or {} for stage in STAGES}
+        for stage in STAGES:
+            if "contenders" in own[stage]:
+                raise InputRefusedError(f"{where}: contenders in .{stage} is of both stages; give it in [bench.{name}]")
         options = {key: value for key, value in table.items() if key not in STAGES}
         found.append(BenchTable(name=name, contenders=contenders, options=options, **own))
     return tuple(found)

@@ -101,8 +101,12 @@ class StepRecord:
         if not place.is_dir():
             return self._file_sha256(text)
         digest = hashlib.sha256()
+        # A folder around the output folder would be another with each step, steps.json among the rest.
+        folder, made = place.resolve(), self._path.parent.resolve()
+        left_out = made.relative_to(folder) if folder in made.parents else None
         files = (path.relative_to(place) for path in place.rglob("*") if path.is_file())
-        for file in sorted(path.as_posix() for path in files if not any(map(_is_aside, path.parts))):
+        counted = (file for file in files if left_out not in file.parents and not any(map(_is_aside, file.parts)))
+        for file in sorted(path.as_posix() for path in counted):
             digest.update(f"{file}:{self._file_sha256(f'{text}/{file}')}\n".encode())
         return digest.hexdigest()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from pifa_deploy.compression.sparsity import PRUNING_METHODS
 from pifa_deploy.errors import InputRefusedError
 from pifa_deploy.pipeline_file import PipelineFile, Variant
-from pifa_deploy.pipeline_step import Arguments, OnlyWith, Step, backend_of, checkpoint_of, place_of
+from pifa_deploy.pipeline_step import Arguments, OnlyWith, Step, backend_of, checkpoint_of, engines_of, place_of
 from pifa_deploy.targets import RTX
 
 REPORT = "report"  # folder in the output folder
@@ -82,8 +82,9 @@ def _inputs(file: PipelineFile) -> Iterator[tuple[str, str, Path]]:
     for name in file.tasks.contenders[1:] if file.tasks else ():
         yield "--tasks", name, place_of(file, name, "tasks.json")
     for table in file.bench:
-        for label, artefact in ((table.name, "onnx"), (f"{table.name} engines", "engine")):
-            yield "--bench", label, file.output / f"bench-{table.name}-{artefact}.json"
+        yield "--bench", table.name, file.output / f"bench-{table.name}-onnx.json"
+        if engines_of(file, table):
+            yield "--bench", f"{table.name} engines", file.output / f"bench-{table.name}-engine.json"
 
 
 def _has_ranks(variant: Variant) -> bool:

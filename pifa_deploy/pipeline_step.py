@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from pifa_deploy.pipeline_file import PipelineFile, Table, Variant
+from pifa_deploy.pipeline_file import BenchTable, PipelineFile, Table, Variant
 from pifa_deploy.targets import RTX
 
 # Parts of a machine that a result may be about; the others are modules, by their versions.
@@ -73,6 +73,11 @@ class Step:
         return tuple(gate for gate in self.only_with if gate.option not in given)
 
 
+def within(place: Path, places: Collection[Path]) -> bool:
+    """Whether a path is one of several or lies below one."""
+    return any(one in places for one in (place, *place.parents))
+
+
 def place_of(file: PipelineFile, variant: str, artefact: str) -> Path:
     """Returns where a file or folder of a variant is made."""
     return file.output / variant / artefact
@@ -83,6 +88,12 @@ def checkpoint_of(file: PipelineFile, variant: Variant) -> Path:
     if variant.source == "dense":
         return Path(str(file.dense))
     return Path(variant.place) if variant.source == "checkpoint" else place_of(file, variant.name, "checkpoint")
+
+
+def engines_of(file: PipelineFile, table: BenchTable) -> tuple[str, ...]:
+    """Returns the contenders of a measurement that an engine is built of, in order."""
+    built = {variant.name for variant in file.variants if variant.build is not None}
+    return tuple(name for name in table.contenders if name in built)
 
 
 def backend_of(variant: Variant) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pifa_deploy.errors import InputRefusedError
 from pifa_deploy.pipeline_file import BenchTable, PipelineFile, Table, TasksTable, Variant
 from pifa_deploy.pipeline_report import report_step
-from pifa_deploy.pipeline_step import CPU, GPU, PLUGIN, Arguments, Step, backend_of, checkpoint_of, place_of
+from pifa_deploy.pipeline_step import CPU, GPU, PLUGIN, Arguments, Step, backend_of, checkpoint_of, engines_of, place_of
 from pifa_deploy.targets import RTX
 
 # Options of [verify] that have a meaning for the other artefact only.
@@ -26,7 +26,7 @@ def steps_of(file: PipelineFile, stage: str, arguments: Arguments) -> list[Step]
 
     "cpu" makes the checkpoints, exports, verifies in ONNX Runtime, builds what builds without a GPU, evaluates, solves
     tasks and measures on the CPU. "gpu" takes what "cpu" left: it builds engines that need this machine, verifies and
-    measures them.
+    measures them; a contender without [build] is measured in "cpu" only.
 
     Raises:
         InputRefusedError: a table of options has an unknown key or a value that the command does not take.
@@ -70,7 +70,9 @@ def _gpu_steps(file: PipelineFile, arguments: Arguments) -> Iterator[Step]:
         if variant.verify is not None:
             yield _verify(file, variant, "engine", arguments)
     for table in file.bench:
-        yield _measure(file, table, "engine", arguments)
+        step = _measure(file, table, "engine", arguments)  # which refuses a mistake in the table in any case
+        if engines_of(file, table):
+            yield step
 
 
 def _making(file: PipelineFile, variant: Variant, arguments: Arguments) -> Iterator[Step]:
@@ -110,22 +112,31 @@ def _verify(file: PipelineFile, variant: Variant, artefact: str, arguments: Argu
     table = {key: value for key, value in (variant.verify or {}).items() if key not in _OF_THE_OTHER[artefact]}
     options = arguments("verify", table, f"{file.path}: [verify] of {variant.name}")
     asked = [part for place in engine for part in ("--engine", str(place))]
+    source = (Path(str(table["source"])),) if "source" in table else ()
     return Step(
         title=f"verify {artefact} {variant.name}",
         arguments=("verify", str(onnx), "--reference", str(reference), *asked, *options, "--json", str(output)),
         output=output,
-        needs=(onnx, reference, *engine),
+        needs=(onnx, reference, *engine, *source),
         judges=True,
         depends_on=_runtimes(artefact, [variant]),
     )
 
 
 def _measure(file: PipelineFile, table: BenchTable, artefact: str, arguments: Arguments) -> Step:
-    places = {name: place_of(file, name, artefact) for name in table.contenders}
+    contenders = engines_of(file, table) if artefact == "engine" else table.contenders
+    places = {name: place_of(file, name, artefact) for name in contenders}
     output = file.output / f"bench-{table.name}-{artefact}.json"
     where = f"{file.path}: [bench.{table.name}]"
-    options = arguments("bench", _bench_options(table, artefact, where), where)
-    variants = [variant for variant in file.variants if variant.name in table.contenders]
+    asked = _bench_options(table, artefact, where)
+    options = arguments("bench", asked, where)
+    first, named = table.contenders[0], _among(("baseline",), asked)
+    if contenders and first not in contenders and _among(("gate-speed-up",), asked) and not named:
+        raise InputRefusedError(
+            f"{where}: gate-speed-up is against {first}, which has no engine; add [build] of it, name a baseline, or "
+            f"give the gate in [bench.{table.name}.cpu]"
+        )
+    variants = [variant for variant in file.variants if variant.name in contenders]
     return Step(
         title=f"bench {table.name} {artefact}",
         arguments=("bench", *_labelled(places), "--device", _DEVICES[artefact], *options, "--json", str(output)),

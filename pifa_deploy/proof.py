@@ -149,19 +149,19 @@ def judge_proof(proof: Proof, gates: ProofGates) -> tuple[ProofDecision, ...]:
     return tuple(decisions)
 
 
-def judge_proofs(proofs: Mapping[str, Proof], gates: ProofGates) -> tuple[ProofDecision, ...]:
-    """Decides about several engines, whose names the decisions bear.
+def judge_proofs(proofs: Mapping[str, Proof], gates: ProofGates) -> dict[str, tuple[ProofDecision, ...]]:
+    """Decides about several engines, each under its name.
 
     The plugin is asked of those with PIFA modules, sparse kernels of those built with leave to use them; each of all
     engines where there is none of these.
     """
     factorised = {name for name, proof in proofs.items() if proof.modules != ()} or set(proofs)
     sparse = {name for name, proof in proofs.items() if proof.sparsity.allowed} or set(proofs)
-    found: list[ProofDecision] = []
+    found = {}
     for name, proof in proofs.items():
         asked = replace(gates, plugin=gates.plugin and name in factorised, sparse=gates.sparse and name in sparse)
-        found += [replace(one, name=f"{name}: {one.name}") for one in judge_proof(proof, asked)]
-    return tuple(found)
+        found[name] = judge_proof(proof, asked)
+    return found
 
 
 def _judge_precision(proof: Proof, limit: str) -> ProofDecision:

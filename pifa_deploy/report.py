@@ -23,7 +23,7 @@ from pifa_deploy.report_junit import junit_xml
 from pifa_deploy.report_markdown import markdown
 from pifa_deploy.report_regression import regressions
 from pifa_deploy.report_schema import REPORT, SCHEMA
-from pifa_deploy.report_stages import KINDS, Source, check_schema, read_json, read_source
+from pifa_deploy.report_stages import KINDS, Source, check_schema, read_json, read_sources
 from pifa_deploy.report_variants import figures_of
 
 REPORT_JSON = "report.json"
@@ -75,11 +75,9 @@ def make_report(options: ReportOptions) -> Json:
     """Returns report.json.
 
     Raises:
-        InputMissingError, InputRefusedError: as `read_source` and `read_report`.
+        InputMissingError, InputRefusedError: as `read_sources` and `read_report`.
     """
-    stages: dict[str, list[Json]] = {kind: [] for kind in KINDS}
-    for source in options.sources:
-        stages[source.kind].append({"label": source.name, "content": read_source(source, options.gates)})
+    stages = read_sources(options.sources, options.gates)
     gates, figures = gates_of(stages), figures_of(stages)
     before = read_report(options.baseline) if options.baseline else None
     if before and options.max_regression is not None:

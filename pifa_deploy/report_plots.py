@@ -131,16 +131,20 @@ def heat_map(
     for j, column in enumerate(columns):
         short = _shortened(column.removesuffix("_proj"), max(int((wide - 2) / _CHARACTER), 3))
         _text(svg, (left + wide * (j + 0.5), top - 8), short, "tick middle")
+    # What all cells have in common stands once: maps are most of a page.
+    group = _add(svg, "g")
+    group.set("class", "cells middle")
     for i, row in enumerate(rows):
         y = top + tall * i
         _text(svg, (left - 6, y + 12), str(row), "tick end")
         for j, column in enumerate(columns):
             if (row, column) not in cells:
                 continue
-            cell = _add(svg, "rect", x=left + wide * j + 1, y=y + 1, width=wide - 2, height=tall - 2)
-            cell.set("class", "cell above" if reference and cells[row, column] > reference else "cell")
+            cell = _add(group, "rect", x=left + wide * j + 1, y=y + 1, width=wide - 2, height=tall - 2)
+            if reference and cells[row, column] > reference:
+                cell.set("class", "above")
             cell.set("fill-opacity", f"{0.05 + 0.4 * shares[row, column]:.3f}")
-            _text(svg, (left + wide * (j + 0.5), y + 12), number(cells[row, column], digits), "cell-text middle")
+            _text(group, (left + wide * (j + 0.5), y + 12), number(cells[row, column], digits))
     return _text_of(svg)
 
 
@@ -261,9 +265,10 @@ def _line(svg: Element, start: tuple[float, float], end: tuple[float, float], st
     _add(svg, "line", x1=start[0], y1=start[1], x2=end[0], y2=end[1]).set("class", style)
 
 
-def _text(svg: Element, place: tuple[float, float], text: str, style: str) -> Element:
-    element = _add(svg, "text", x=place[0], y=place[1])
-    element.set("class", style)
+def _text(parent: Element, place: tuple[float, float], text: str, style: str = "") -> Element:
+    element = _add(parent, "text", x=place[0], y=place[1])
+    if style:
+        element.set("class", style)
     element.text = legal(text)
     return element
 

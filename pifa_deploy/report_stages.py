@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from pifa_deploy.checkpoint import is_checkpoint, validate
 from pifa_deploy.engine_record import ENGINE_JSON, read_engine_json
 from pifa_deploy.errors import InputMissingError, InputRefusedError
 from pifa_deploy.json_shape import validate as validate_shape
-from pifa_deploy.proof import ProofGates, judge_proof, prove
+from pifa_deploy.proof import Proof, ProofDecision, ProofGates, judge_proofs, prove
 from pifa_deploy.report_schema import CONTENTS
 
 KINDS = tuple(CONTENTS)
@@ -51,21 +51,31 @@ class Source:
         return path.stem if path.suffix == ".json" else Path(os.path.abspath(path)).name
 
 
-def read_source(source: Source, gates: ProofGates) -> dict[str, Any]:
-    """Returns the checked content of one result, as it stands in report.json.
+def read_sources(sources: Sequence[Source], gates: ProofGates) -> dict[str, list[dict[str, Any]]]:
+    """Returns kind -> label and checked content of each result, as they stand in report.json.
 
     Args:
-        source: where it lies.
-        gates: what an engine must contain; other kinds carry decisions of their own.
+        sources: where they lie.
+        gates: what the engines must contain; other kinds carry decisions of their own.
 
     Raises:
         InputMissingError: nothing is there.
-        InputRefusedError: it is malformed, of another kind or of another schema.
+        InputRefusedError: one is malformed, of another kind or of another schema.
     """
-    if source.kind == "engine":
-        return _engine(source.path, gates)
-    if source.kind == "checkpoint":
-        return _checkpoint(source.path)
+    # Together: what is asked of one engine depends on what the others are.
+    proofs = {source.name: prove(source.path) for source in sources if source.kind == "engine"}
+    judged = judge_proofs(proofs, gates)
+    stages: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    for source in sources:
+        if source.kind == "engine":
+            content = _engine(source.path, proofs[source.name], judged[source.name])
+        else:
+            content = _checkpoint(source.path) if source.kind == "checkpoint" else _stage_result(source)
+        stages[source.kind].append({"label": source.name, "content": content})
+    return stages
+
+
+def _stage_result(source: Source) -> dict[str, Any]:
     content = read_json(source.path, f"give what `pifa-deploy {_WRITERS[source.kind]}` wrote")
     artefact, schema = content.get("artefact"), content.get("schema", _SCHEMA)
     if artefact not in _ARTEFACTS[source.kind]:
@@ -122,15 +132,15 @@ def _check_names(bench: Mapping[str, Any], path: Path) -> None:
         )
 
 
-def _engine(path: Path, gates: ProofGates) -> dict[str, Any]:
-    record, proof = read_engine_json(path), prove(path)
+def _engine(path: Path, proof: Proof, decisions: Sequence[ProofDecision]) -> dict[str, Any]:
+    record = read_engine_json(path)
     return {
         "backend": record.backend,
         "version": record.version,
         "bytes": sum(engine.bytes for engine in record.engines),
         "compute_capabilities": list(record.compute_capabilities),
         "proof": proof.to_json(),
-        "decisions": [asdict(decision) for decision in judge_proof(proof, gates)],
+        "decisions": [asdict(decision) for decision in decisions],
     }
 
 

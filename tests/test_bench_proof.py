@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from pifa_deploy.bench_report import BenchGates, BenchReport
 from pifa_deploy.engine_layers import NOT_PICKED
 from pifa_deploy.environment import this_environment
 from pifa_deploy.errors import ExitCode
-from pifa_deploy.proof import ProofGates, judge_proof, judge_proofs, prove
+from pifa_deploy.proof import ProofGates, judge_proofs, prove
+from pifa_deploy.report import ReportOptions, make_report
+from pifa_deploy.report_stages import Source
 from pifa_deploy.report_variants import variants_of
 from pifa_deploy.timed_contenders import RunOptions, TimedContender, open_timed
 
@@ -57,26 +59,38 @@ def report(gates: ProofGates, **folders: Path) -> BenchReport:
     return BenchReport(environment=this_environment(), gates=BenchGates(proof=gates), proofs=proofs, **known)
 
 
-def test_each_engine_is_decided_as_the_report_decides_it(engines: dict[str, Path]) -> None:
-    gates = ProofGates(precision="fp16", plugin=True)
-    proofs = {name: prove(folder) for name, folder in engines.items()}
-    alone = [replace(one, name=f"{name}: {one.name}") for name in proofs for one in judge_proof(proofs[name], gates)]
-    assert judge_proofs(proofs, gates) == tuple(alone)
-    assert [one.name for one in alone] == ["half: precision", "half: plugin", "wide: precision", "wide: plugin"]
+@pytest.fixture
+def dense_engine(tmp_path: Path) -> Path:
+    """An engine without PIFA modules, built without leave to use sparse kernels."""
+    (tmp_path / "dense_engine").mkdir()
+    return engine(tmp_path / "dense_engine", log_line("a", "gemm"), network={"modules": []})
+
+
+def test_each_engine_is_decided_as_the_report_decides_it(engines: dict[str, Path], dense_engine: Path) -> None:
+    gates = ProofGates(precision="fp16", plugin=True, sparse=True)
+    folders = {**engines, "dense": dense_engine}
+    sources = tuple(Source(kind="engine", label=name, path=folder) for name, folder in folders.items())
+    told = make_report(ReportOptions(sources=sources, gates=gates))["gates"]
+    benched = [asdict(one) for one in report(gates, **folders).decisions]
+    assert [(f"{gate['label']}: {gate['name']}", gate["passed"], gate["value"]) for gate in told] == [
+        (one["name"], one["passed"], one["value"]) for one in benched
+    ]
+    asked = [("half", "plugin"), ("wide", "plugin"), ("wide", "sparse")]
+    asked += [(name, "precision") for name in ("half", "wide", "dense")]
+    assert sorted((gate["label"], gate["name"]) for gate in told) == sorted(asked)
 
 
 def test_plugin_and_sparse_kernels_are_asked_of_the_engines_that_can_have_them(
-    engines: dict[str, Path], tmp_path: Path
+    engines: dict[str, Path], dense_engine: Path
 ) -> None:
-    (tmp_path / "dense").mkdir()
-    engine(tmp_path / "dense", log_line("a", "gemm"), network={"modules": []})
-    dense = prove(tmp_path / "dense")
+    dense = prove(dense_engine)
     proofs = {name: prove(folder) for name, folder in engines.items()} | {"dense": dense}
-    found = [one.name for one in judge_proofs(proofs, ProofGates(plugin=True, sparse=True))]
-    assert found == ["half: plugin", "wide: plugin", "wide: sparse"]
-    plugin, sparse = judge_proofs({"dense": dense}, ProofGates(plugin=True, sparse=True))
+    judged = judge_proofs(proofs, ProofGates(plugin=True, sparse=True))
+    found = {name: [one.name for one in decisions] for name, decisions in judged.items()}
+    assert found == {"half": ["plugin"], "wide": ["plugin", "sparse"], "dense": []}
+    plugin, sparse = judge_proofs({"dense": dense}, ProofGates(plugin=True, sparse=True))["dense"]
     assert (plugin.passed, plugin.reason) == (None, "the model has no PIFA module")
-    assert (sparse.passed, sparse.name) == (False, "dense: sparse")
+    assert (sparse.passed, sparse.name) == (False, "sparse")
 
 
 @pytest.mark.parametrize(

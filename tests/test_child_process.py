@@ -122,6 +122,29 @@ def test_it_ends_with_a_parent_that_is_killed(tmp_path: Path) -> None:
     until(lambda: not (tmp_path / "half-written").exists())
 
 
+def test_it_ends_where_its_parent_was_killed_before_it_asked_for_that(tmp_path: Path) -> None:
+    late = """
+parent = os.getppid()
+while os.getppid() == parent:
+    time.sleep(0.02)
+end_with_parent(signal.SIGTERM)
+time.sleep(60)
+"""
+    imports = "import os; from pifa_deploy.child_process import end_with_parent\n"
+    parent = waiting(imports + CLEANS_UP.replace("time.sleep(60)\n", late), tmp_path, grace_s=20)
+    parent.kill()
+    parent.wait(30)
+    until(lambda: not (tmp_path / "half-written").exists())
+
+
+def test_it_lives_while_its_parent_does(tmp_path: Path) -> None:
+    ends = "import signal; from pifa_deploy.child_process import end_with_parent; end_with_parent(signal.SIGKILL)"
+    assert run(f"{ends}; import sys; sys.exit(5)", tmp_path) == 5
+    # Its own child does not inherit who its parent is.
+    below = f"subprocess.call([sys.executable, '-c', {f'{ends}; exit(6)'!r}])"
+    assert run(f"import subprocess, sys; {ends}; sys.exit({below})", tmp_path) == 6
+
+
 def test_a_wait_that_is_too_long_ends_it(tmp_path: Path) -> None:
     with (tmp_path / "printed").open("wb") as stream, pytest.raises(subprocess.TimeoutExpired):
         exit_status([sys.executable, "-c", "import time; time.sleep(60)"], output=stream, timeout_s=0.2)

@@ -370,7 +370,7 @@ def test_no_space_leaves_the_forced_output_whole(
 ) -> None:
     monkeypatch.setattr("pifa_deploy.onnx_export.graph_from_model", graph_of(places["onnx"]))
     (full_disk / "out").mkdir()
-    (full_disk / "out" / "pifa.json").write_text('{"schema": 1}')
+    (full_disk / "out" / "pifa.json").write_text('{"schema": 1, "artefact": "onnx"}')
     before = content(full_disk)
     outcome = pifa_deploy(*command_line("export", places, full_disk / "out"), "--force")
     outcome.failed(STAGE_FAILED, "free some space")

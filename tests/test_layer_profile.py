@@ -18,14 +18,14 @@ from cli_fixtures import Outcome
 from test_engine_record import RECORD, _write
 from torch import nn
 
-from pifa_deploy import op_spec
+from pifa_deploy import layer_profile, op_spec
 from pifa_deploy.decoder_step import Step
 from pifa_deploy.engine_layers import layers_in_build_log, modules_of_layers
 from pifa_deploy.engine_profile import modules_of_engine, times_of_modules
 from pifa_deploy.engine_record import read_engine_json
 from pifa_deploy.errors import ExitCode, InputRefusedError, MissingCapabilityError, StageFailedError
 from pifa_deploy.graph_cut import CutGraph
-from pifa_deploy.layer_profile import LayerTimes, medians_of, profile_torch
+from pifa_deploy.layer_profile import LayerTimes, layer_times, medians_of, profile_torch
 from pifa_deploy.linear_nodes import linear_nodes, named_linears
 from pifa_deploy.model_folder import load_model
 from pifa_deploy.onnx_export import ExportOptions, export_checkpoint
@@ -363,6 +363,36 @@ def test_bench_writes_the_times_of_all_linears_of_all_contenders(
     assert "\nlayers, prefill 16 (profiled)\n" in found.out
     onnx_us = sum(each["times_us"]["onnx"] for each in value["layers"][0]["modules"])
     assert f"{onnx_us / 1e3:.3f}"[:4] in found.out.rpartition("layers, prefill 16")[2]
+
+
+def test_a_profile_that_fails_costs_nothing_but_itself(
+    pifa_deploy: Callable[..., Outcome],
+    dense: Path,
+    checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def times(contender: Any, *arguments: Any, **options: Any) -> list[LayerTimes]:
+        if contender.name != "pifa":
+            return layer_times(contender, *arguments, **options)
+        # What an engine says whose layers have other names here than in its build log.
+        times_of_modules({"other_1": 1.0}, {"gemm_up": ("layers.0.up",)})
+        raise AssertionError
+
+    monkeypatch.setattr(layer_profile, "layer_times", times)
+    sizes = ("--prefill", 4, "--decode", 4, "--layers", "--json", tmp_path / "x.json")
+    found = pifa_deploy("bench", f"dense={dense}", f"pifa={checkpoint}", *QUICK, *sizes)
+    assert found.code == 0, found.err
+    assert "warning: pifa was not profiled: " in found.out
+    value = json.loads((tmp_path / "x.json").read_text())
+    assert [[row["name"] for row in case["rows"]] for case in value["cases"]] == [["dense", "pifa"]] * 2
+    for case in value["layers"]:
+        assert case["rest_us"].keys() == {"dense"}
+        assert {name for each in case["modules"] for name in each["times_us"]} == {"dense"}
+        assert case["warnings"][0].startswith("pifa was not profiled: ")
+    done = pifa_deploy("report", "--bench", tmp_path / "x.json", "--out", tmp_path / "report")
+    assert done.code in (ExitCode.PASSED, ExitCode.NOT_DECIDED), done.err
+    assert "pifa was not profiled: " in (tmp_path / "report" / "report.html").read_text()
 
 
 def test_layers_mean_nothing_to_a_plan(pifa_deploy: Callable[..., Outcome], dense: Path, tmp_path: Path) -> None:

@@ -165,6 +165,13 @@ class TestForceNeverReplaces:
         (tmp_path / "out" / "thesis.tex").write_text("x")
         self.refused(tmp_path / "out")
 
+    @pytest.mark.parametrize("marker", ARTEFACT_FILES)
+    def test_a_folder_with_a_result_that_a_command_wrote_under_that_name(self, tmp_path: Path, marker: str) -> None:
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / marker).write_text('{"schema": 1, "artefact": "compare-tasks", "tasks": []}')
+        (tmp_path / "out" / "thesis.tex").write_text("x")
+        self.refused(tmp_path / "out")
+
     def test_a_folder_in_which_an_artefact_name_is_a_folder(self, tmp_path: Path) -> None:
         (tmp_path / "out" / "engine.json").mkdir(parents=True)
         self.refused(tmp_path / "out")
@@ -180,10 +187,20 @@ class TestForceNeverReplaces:
         self.refused(tmp_path / "out")
 
 
-@pytest.mark.parametrize("marker", [*ARTEFACT_FILES, "config.json"])
-def test_force_replaces_every_kind_of_artefact(tmp_path: Path, marker: str) -> None:
+@pytest.mark.parametrize(
+    ("marker", "text"),
+    [
+        ("pifa.json", '{"schema": 1, "artefact": "onnx"}'),
+        ("engine.json", '{"schema": 1}'),
+        ("report.json", '{"schema": 1, "artefact": "report"}'),
+        ("sparsity.json", '{"schema": 1, "artefact": "2:4"}'),
+        ("tasks.json", '{"schema": 1, "artefact": "tasks"}'),
+        ("config.json", '{"quantization_config": {"quant_method": "pifa"}}'),
+    ],
+)
+def test_force_replaces_every_kind_of_artefact(tmp_path: Path, marker: str, text: str) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / marker).write_text('{"schema": 1, "quantization_config": {"quant_method": "pifa"}}')
+    (tmp_path / "out" / marker).write_text(text)
     with new_folder(tmp_path / "out", force=True) as folder:
         (folder / "a").write_text("new")
     assert content(tmp_path / "out") == {"a": "new"}

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,12 @@ from cli_fixtures import Outcome, save_dense
 
 from pifa_deploy.calibration import HELD_OUT_TEXT, packaged_text
 from pifa_deploy.cli.ci import arguments_of
+from pifa_deploy.cli.ci_checks import check_files
 from pifa_deploy.cli.main import run
 from pifa_deploy.errors import ExitCode, InputMissingError, InputRefusedError, OutputExistsError
 from pifa_deploy.pipeline import Outcome as StepOutcome
 from pifa_deploy.pipeline import StepFailedError, remove_report, run_steps, verdict
-from pifa_deploy.pipeline_file import read_pipeline
+from pifa_deploy.pipeline_file import PipelineFile, read_pipeline
 from pifa_deploy.pipeline_record import StepRecord
 from pifa_deploy.pipeline_step import OnlyWith, Step
 from pifa_deploy.pipeline_steps import steps_of
@@ -125,6 +127,10 @@ def file(tmp_path: Path) -> Callable[[str], Path]:
             r"relayout is from 'b', expected a variant above it \(there is none\)",
         ),
         ('[variants.a]\ncheckpoint = "c"\n[export]\n[bench.t]\ncpu = 3\n', r"\[bench\.t\]: cpu is 3, expected a table"),
+        (
+            '[variants.a]\ncheckpoint = "c"\n[export]\n[bench.t.gpu]\ncontenders = ["a"]\n',
+            r"\[bench\.t\]: contenders in \.gpu is of both stages; give it in \[bench\.t\]",
+        ),
         (
             '[variants.a]\ncheckpoint = "c"\n[bench.t]\ncontenders = ["b"]\n',
             r"contenders is \['b'\], expected .* out of a",
@@ -375,6 +381,34 @@ def test_an_option_of_the_wrong_stage_is_refused(file: Callable[[str], Path], be
         [steps_of(pipeline, stage, arguments_of) for stage in ("cpu", "gpu")]
 
 
+def test_engines_are_measured_of_contenders_that_have_one(file: Callable[[str], Path]) -> None:
+    def measured(text: str) -> dict[str, list[str]]:
+        pipeline = read_pipeline(file(f"{WHOLE}{text}[report]\n"))
+        stages = {stage: steps_of(pipeline, stage, arguments_of) for stage in ("cpu", "gpu")}
+        report = stages["gpu"][-1]
+        return {
+            **{
+                stage: [" ".join(step.arguments) for step in steps if "bench" in step.title]
+                for stage, steps in stages.items()
+            },
+            "report": [label for option, label, _ in report.reads_too if option == "--bench"],
+        }
+
+    jetson = '[variants.jetson]\ncheckpoint = "c"\nbuild = { backend = "tensorrt" }\n[bench.t]\nprefill = [8]\n'
+    assert measured(jetson) == {
+        "cpu": [
+            "bench dense=made/dense/onnx pifa=made/pifa/onnx jetson=made/jetson/onnx --device cpu --prefill 8 "
+            "--json made/bench-t-onnx.json"
+        ],
+        "gpu": ["bench jetson=made/jetson/engine --device cuda --prefill 8 --json made/bench-t-engine.json"],
+        "report": ["t", "t engines"],
+    }
+    none = measured("[bench.t]\nprefill = [8]\n")
+    assert (len(none["cpu"]), none["gpu"], none["report"]) == (1, [], ["t"])
+    with pytest.raises(InputRefusedError, match=r"\[bench\.t\]: gate-speed-up is against dense, which has no engine"):
+        measured(f'{jetson}[bench.t.gpu]\ngate-speed-up = ["jetson=1.1"]\n')
+
+
 def test_limits_are_measured_in_the_cpu_stage_only(file: Callable[[str], Path]) -> None:
     pipeline = read_pipeline(file(f"{WHOLE}[build]\n[bench.t]\nmeasure-limits = true\n"))
     found = {stage: steps_of(pipeline, stage, arguments_of)[-1].arguments for stage in ("cpu", "gpu")}
@@ -557,6 +591,92 @@ def test_what_the_other_stage_made_is_read_while_it_is_up_to_date(tmp_path: Path
     ]
 
 
+def noted(root: Path, file: PipelineFile, *steps: Step) -> None:
+    """Leaves outputs of steps, and notes that they were made from what is there."""
+    (root / file.output).mkdir(exist_ok=True)
+    record = StepRecord(root, root / file.output / "steps.json")
+    for step in steps:
+        (root / step.output).write_text("old")
+        record.add(step, record.made_from(step, step.arguments), ExitCode.PASSED)
+
+
+def test_what_the_other_stage_found_of_an_artefact_that_is_made_again_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "pifa-deploy.toml").write_text('[variants.a]\ncheckpoint = "c"\n')
+    file = read_pipeline(tmp_path / "pifa-deploy.toml")
+    (tmp_path / "in").write_text("x")
+    onnx = Step(title="o", arguments=("--version", "in"), output=file.output / "onnx")
+    verify = Step(
+        title="v", arguments=("verify", str(onnx.output)), output=file.output / "v.json", needs=(onnx.output,)
+    )
+    after = Step(title="w", arguments=("bench",), output=file.output / "w.json", needs=(verify.output,))
+    reads = tuple(("--version", step.title, step.output) for step in (verify, after))
+    report = Step(title="r", arguments=("--version",), output=Path("r"), reads_too=reads, reports=True)
+    noted(tmp_path, file, onnx, verify, after)
+    told: list[str] = []
+
+    def say(line: str) -> None:
+        told.append(line)
+        if line == "pifa-deploy --version in":  # The command prints and makes nothing.
+            (tmp_path / onnx.output).write_text("new")
+
+    for _ in range(2):
+        run_steps(file, [onnx, report], others=[verify, after], say=say)
+        (tmp_path / "in").write_text("changed")
+    assert told == [
+        f"kept {onnx.output}: o",
+        f"pifa-deploy --version --version v={verify.output} --version w={after.output}",
+        f"again {onnx.output}: in is another",
+        "pifa-deploy --version in",
+        f"not up to date {verify.output}: {onnx.output} is another",
+        f"not up to date {after.output}: {verify.output} is not",
+        "pifa-deploy --version",
+    ]
+
+
+def test_what_the_other_stage_found_of_an_artefact_that_cannot_be_made_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "pifa-deploy.toml").write_text('[variants.a]\ncheckpoint = "c"\n')
+    file = read_pipeline(tmp_path / "pifa-deploy.toml")
+    (tmp_path / "in").write_text("x")
+    first = Step(title="f", arguments=("export", "in"), output=file.output / "f")
+    engine = Step(title="e", arguments=("build",), output=file.output / "e", needs=(first.output / "part",))
+    verify = Step(title="v", arguments=("verify",), output=file.output / "v.json", needs=(engine.output,))
+    reads = (("--version", "v", verify.output),)
+    report = Step(title="r", arguments=("--version",), output=Path("r"), reads_too=reads, reports=True)
+    noted(tmp_path, file, first, engine, verify)
+    (tmp_path / "in").write_text("changed")
+    told: list[str] = []
+    # What is made of `first` is a part of a folder in a real run; its name is enough here.
+    optional = replace(first, optional=True)
+    with contextlib.suppress(StepFailedError):  # --version takes no other option
+        run_steps(file, [engine, report], others=[optional, verify], say=told.append)
+    reason = f"e=needs {first.output}/part, which is not there or not up to date"
+    assert told == [
+        f"not up to date {first.output}: in is another",
+        f"not decided {engine.output}: e needs {first.output}/part, which is not there or not up to date",
+        f"not up to date {verify.output}: {engine.output} is not",
+        f"pifa-deploy --version --undecided '{reason}'",
+    ]
+
+
+def test_an_interpreter_that_never_comes_to_the_command_is_no_gate_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pifa-deploy.toml").write_text('[variants.a]\ncheckpoint = "c"\n')
+    file = read_pipeline(tmp_path / "pifa-deploy.toml")
+    for folder in (tmp_path, tmp_path / "first"):
+        folder.mkdir(exist_ok=True)
+        (folder / "pifa_deploy.py").write_text("raise ImportError('shadowed')")
+    step = Step(title="v", arguments=("--version",), output=file.output / "v.json", judges=True)
+    if sys.version_info >= (3, 11):
+        assert verdict(run_steps(file, [step], say=print)) == ExitCode.PASSED
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "first"))
+    (tmp_path / file.output).mkdir(exist_ok=True)
+    (tmp_path / step.output).write_text("of an earlier run")
+    with pytest.raises(StepFailedError, match=r"v ended with exit code 1; its own message stands above") as caught:
+        run_steps(file, [step], force=True, say=print)
+    assert caught.value.exit_code == ExitCode.STAGE_FAILED
+
+
 def test_the_gpu_stage_without_a_gpu_decides_nothing(
     file: Callable[[str], Path], pifa_deploy: Callable[..., Outcome]
 ) -> None:
@@ -622,6 +742,24 @@ def test_what_no_run_takes_is_refused_before_the_first_step(
     (path.parent / "held-out.txt").write_text("text")
     pifa_deploy("ci", path).failed(code, pattern)
     assert not (path.parent / "made").exists()
+
+
+def test_an_option_may_name_what_a_step_before_makes(file: Callable[[str], Path]) -> None:
+    def steps(source: str) -> tuple[PipelineFile, list[Step]]:
+        verify = f'[variants.low]\nrelayout = {{ from = "pifa" }}\nverify = {{ source = "{source}" }}\n'
+        pipeline = read_pipeline(file(f"{WHOLE}{verify}"))
+        (pipeline.path.parent / "dense").mkdir(exist_ok=True)
+        (pipeline.path.parent / "held-out.txt").write_text("text")
+        return pipeline, steps_of(pipeline, "cpu", arguments_of)
+
+    for source in ("made/pifa/checkpoint", "./made/pifa/checkpoint/model", "hf:org/name"):
+        pipeline, found = steps(source)
+        check_files(pipeline, found)
+        verify = next(step for step in found if step.title == "verify onnx low")
+        assert verify.needs[-1] == Path(source)
+    for source in ("made/pifa/other", "made/low/verify-onnx.json"):
+        with pytest.raises(InputMissingError, match=rf"{source}: is not there, verify onnx low reads it"):
+            check_files(*steps(source))
 
 
 def test_a_folder_of_somebody_else_where_the_report_goes_is_left(file: Callable[[str], Path]) -> None:

@@ -94,6 +94,35 @@ def test_what_other_programs_leave_in_a_folder_does_not_count(root: Path) -> Non
     assert change(root) is None
 
 
+def test_the_output_folder_does_not_count_in_a_folder_around_it(root: Path) -> None:
+    step = Step(title="tasks", arguments=("tasks", "m", "made/a", "--include-path", "."), output=Path("made/a"))
+
+    def told() -> str | None:
+        return record(root).change(step, step.arguments)
+
+    kept = record(root)
+    before = kept.made_from(step, step.arguments)
+    (root / "made/a").mkdir()
+    (root / "made/a/tasks.json").write_text("{}")
+    kept.add(step, before, 0)
+    assert told() is None
+    (root / "made/bench.json").write_text("another step made it again")
+    assert told() is None
+    (root / "in.txt").write_text("next")
+    assert told() == ". is another"
+    # Named itself, or a folder in it, it counts.
+    assert change_of(root, "made")
+    assert change_of(root, "made/a")
+
+
+def change_of(root: Path, folder: str) -> bool:
+    """Whether a file in the output folder changes what a step that reads a folder is made from."""
+    step = Step(title="t", arguments=("tasks", folder), output=Path("elsewhere"))
+    before = record(root).made_from(step, step.arguments)["files"]
+    (root / "made/a/tasks.json").write_text(f"{folder} again")
+    return bool(record(root).made_from(step, step.arguments)["files"] != before)
+
+
 def test_another_command_or_version_is_told(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert record(root).change(STEP, (*STEP.arguments, "--batch", "2")) == "another command made it"
     monkeypatch.setattr(pipeline_record, "__version__", "99")

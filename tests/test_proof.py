@@ -11,6 +11,7 @@ import pytest
 from test_engine_record import RECORD, _write
 
 from pifa_deploy.cli.main import run
+from pifa_deploy.engine_child import keep_inspected
 from pifa_deploy.engine_layers import NOT_PICKED, sparse_tactics
 from pifa_deploy.engine_record import layers_in_log
 from pifa_deploy.errors import InputRefusedError
@@ -217,6 +218,24 @@ def test_an_inspector_that_gives_names_only_decides_nothing(tmp_path: Path) -> N
         None,
         "inspector.json does not say what these compute in: a, b",
     )
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ("", "not JSON"),
+        ('{"Error": "engine information is not available"}', "Layers is no list of layers"),
+        ('{"Layers": []}', "TensorRT's EngineInspector told of no layer; build.log says what there is"),
+    ],
+)
+def test_what_the_inspector_tells_without_layers_is_not_kept(tmp_path: Path, told: str, message: str) -> None:
+    engine(tmp_path, log_line("a", "gemm"))
+    with pytest.raises(InputRefusedError, match=message):
+        keep_inspected(told, tmp_path)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("inspector.json")]
+    assert prove(tmp_path).source == "build.log"
+    keep_inspected(json.dumps({"Layers": ["a"]}), tmp_path)
+    assert prove(tmp_path).source == "inspector.json"
 
 
 def test_a_malformed_inspector_file_is_refused(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ CONTRAST = """() => {
     if (!own || !element.checkVisibility() || element.closest("title, desc")) continue;
     const drawn = element instanceof SVGElement, style = getComputedStyle(element);
     let ground = behind(element);
-    if (element.classList.contains("cell-text")) {
+    if (element.parentElement.classList.contains("cells")) {
       const cell = element.previousElementSibling, shade = getComputedStyle(cell);
       ground = over(rgb(shade.fill), Number(shade.fillOpacity), ground);
     }

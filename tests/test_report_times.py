@@ -20,8 +20,8 @@ def report(**benches: dict[str, Any]) -> dict[str, Any]:
 
 
 def shown(svg: str) -> list[float]:
-    cells = [each for each in ElementTree.fromstring(svg).iter("text") if "cell-text" in each.get("class", "")]
-    return [float(each.text or "nan") for each in cells]
+    groups = [each for each in ElementTree.fromstring(svg).iter("g") if "cells" in each.get("class", "").split()]
+    return [float(each.text or "nan") for group in groups for each in group.iter("text")]
 
 
 def test_the_longest_prefill_and_decode_are_shown() -> None:

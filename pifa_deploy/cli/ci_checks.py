@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -13,7 +14,7 @@ from pifa_deploy.cli.check import labelled_texts
 from pifa_deploy.cli.make import compress_options
 from pifa_deploy.errors import InputMissingError, InputRefusedError
 from pifa_deploy.pipeline_file import PipelineFile
-from pifa_deploy.pipeline_step import Step
+from pifa_deploy.pipeline_step import Step, within
 
 # Parameters of commands that name files or folders to read, and values of theirs that name none.
 _READ = {
@@ -44,22 +45,25 @@ def check_options(file: PipelineFile, steps: Sequence[Step]) -> None:
 
 
 def check_files(file: PipelineFile, steps: Sequence[Step]) -> None:
-    """Raises InputMissingError for a file that an option names and that is not there.
+    """Raises InputMissingError for a file that an option names, that is not there and that no step before makes.
 
     InputRefusedError for an earlier report that is there and cannot be read.
     """
     root = file.path.resolve().parent
+    made: set[Path] = set()
     for step in steps:
         given = _given(step)
         for parameter in _READ.get(step.arguments[0], ()):
             for text in _texts(step, given[parameter]):
-                if text not in _NO_FILES and ":" not in text and not (root / text).exists():
+                known = text in _NO_FILES or ":" in text or within(Path(text), made)
+                if not known and not (root / text).exists():
                     raise InputMissingError(f"{text}: is not there, {step.title} reads it; make it or correct it")
         for option, _, place in step.reads_too:
             if option == "--baseline-report" and (root / place).exists():
                 from pifa_deploy.report import read_report
 
                 read_report(root / place)
+        made.add(step.output)
 
 
 def _given(step: Step) -> dict[str, Any]:

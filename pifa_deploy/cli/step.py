@@ -5,8 +5,10 @@ from __future__ import annotations
 import signal
 
 from pifa_deploy.child_process import end_with_parent
-from pifa_deploy.cli.main import main
 
 if __name__ == "__main__":
     end_with_parent(signal.SIGTERM)  # which the command line takes like Ctrl-C: it cleans up
+    # Importing it takes seconds, in which whoever started this may die.
+    from pifa_deploy.cli.main import main
+
     main()
