@@ -76,6 +76,17 @@ def test_every_command_explains_itself(command: str, pifa_deploy: Callable[..., 
     assert pifa_deploy(command, "-h").out == outcome.out
 
 
+def test_a_command_whose_options_ci_has_checked_explains_itself_as_before() -> None:
+    code = (
+        "from pathlib import Path; from pifa_deploy.cli import ci_checks; from pifa_deploy.cli.main import run; "
+        "from pifa_deploy.pipeline_step import Step; "
+        "print(ci_checks._given(Step(title='', arguments=('inspect', 'm'), output=Path('m')))['path']); "
+        "run(['inspect', '-h'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("m\nUsage: pifa-deploy inspect ")
+
+
 def test_the_version_is_that_of_the_package(pifa_deploy: Callable[..., Outcome]) -> None:
     outcome = pifa_deploy("--version")
     assert (outcome.code, outcome.err) == (0, "")

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 import torch
@@ -22,6 +23,7 @@ from cli_fixtures import Outcome
 
 from pifa_deploy import engine_fit, tensorrt_runner
 from pifa_deploy.cli import plugin
+from pifa_deploy.cli.main import cli
 from pifa_deploy.cli.make import build_command
 from pifa_deploy.decoder_step import Step, StepLimits
 from pifa_deploy.engine_fit import (
@@ -78,7 +80,9 @@ def parsed(command: str) -> dict[str, Any]:
     nested = arguments[:2] == ["plugin", "build"]
     assert nested or arguments[0] == "build"
     parser = plugin.build_command if nested else build_command
-    return dict(parser.make_context("build", arguments[1 + nested :], resilient_parsing=False).params)
+    # A command keeps the names of its help option from its first context.
+    group = click.Context(cli, **cli.context_settings)
+    return dict(parser.make_context("build", arguments[1 + nested :], group).params)
 
 
 def advised(error: pytest.ExceptionInfo[MisfitError]) -> dict[str, Any]:

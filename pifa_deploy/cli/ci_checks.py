@@ -71,8 +71,10 @@ def _given(step: Step) -> dict[str, Any]:
     from pifa_deploy.cli.main import cli
 
     name, *arguments = step.arguments
-    command = cli.get_command(click.Context(cli), name)
-    return {} if command is None else command.make_context(name, arguments, resilient_parsing=True).params
+    # With the group's settings: a command keeps the names of its help option from its first context.
+    group = click.Context(cli, **cli.context_settings)
+    command = cli.get_command(group, name)
+    return {} if command is None else command.make_context(name, arguments, group, resilient_parsing=True).params
 
 
 def _texts(step: Step, value: Any) -> list[str]:
