@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -313,6 +314,66 @@ def test_an_error_that_follows_from_ctrl_c_is_ctrl_c(
     handler = signal.getsignal(signal.SIGINT)
     pifa_deploy("inspect", checkpoint).failed(INTERRUPTED, "^error: interrupted")
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+class Finaliser:
+    """Does something when it is collected."""
+
+    def __init__(self, action: Callable[[], object]) -> None:
+        self.action = action
+
+    def __del__(self) -> None:
+        self.action()
+
+
+def in_a_finaliser(action: Callable[[], object]) -> None:
+    Finaliser(action)
+
+
+def in_a_weak_reference(action: Callable[[], object]) -> None:
+    kept = {0}
+    reference = weakref.ref(kept, lambda reference: action())
+    del kept
+    assert reference() is None
+
+
+@pytest.mark.parametrize("where", [in_a_finaliser, in_a_weak_reference])
+@pytest.mark.parametrize(
+    ("number", "code", "line"), [(signal.SIGINT, INTERRUPTED, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_a_signal_whose_exception_python_drops_is_not_lost(
+    where: Callable[[Callable[[], object]], None],
+    number: signal.Signals,
+    code: int,
+    line: str,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pifa_deploy: Callable[..., Outcome],
+) -> None:
+    reached = []
+
+    def long_work(path: Path) -> None:
+        where(lambda: signal.raise_signal(number))
+        reached.append("after")
+        time.sleep(30)  # in one system call
+        reached.append("end")
+
+    monkeypatch.setattr("pifa_deploy.inspection.inspect_path", long_work)
+    hook = sys.unraisablehook
+    outcome = pifa_deploy("inspect", checkpoint)
+    outcome.failed(code, f"^error: {line}; what existed before is untouched$")
+    assert reached == ["after"]
+    assert sys.unraisablehook is hook
+
+
+def test_any_other_error_that_python_drops_goes_to_the_hook_before(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, pifa_deploy: Callable[..., Outcome]
+) -> None:
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: heard.append(what.exc_type))
+    monkeypatch.setattr("pifa_deploy.inspection.inspect_path", lambda path: in_a_finaliser(lambda: {}["absent"]))
+    pifa_deploy("inspect", checkpoint)
+    assert heard == [KeyError]
 
 
 # No space

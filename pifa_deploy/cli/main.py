@@ -6,16 +6,14 @@ import importlib
 import os
 import signal
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 from typing import Any
 
 import click
 
 from pifa_deploy import __version__
+from pifa_deploy.cli.interruption import Terminated, interruptions_noticed
 from pifa_deploy.errors import ExitCode, PifaDeployError
 
 # A command's module is imported when the command is called: `--help` must not wait for torch.
@@ -91,7 +89,7 @@ def run(arguments: Sequence[str]) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        with _interrupts_noticed():
+        with interruptions_noticed():
             code: Any = cli.main(list(arguments), prog_name="pifa-deploy", standalone_mode=False)
         return int(code or 0)
     except click.exceptions.Exit as stop:
@@ -103,7 +101,7 @@ def run(arguments: Sequence[str]) -> int:
             return ExitCode.USAGE
         return _failed(f"{error.format_message()}; see {command} --help", ExitCode.USAGE, debug)
     except (KeyboardInterrupt, click.Abort) as stop:
-        if isinstance(stop, _Terminated):
+        if isinstance(stop, Terminated):
             return _failed("terminated; what existed before is untouched", 128 + signal.SIGTERM, debug)
         return _failed("interrupted; what existed before is untouched", ExitCode.INTERRUPTED, debug)
     except PifaDeployError as error:
@@ -115,39 +113,6 @@ def run(arguments: Sequence[str]) -> int:
         return 128 + signal.SIGPIPE
     except Exception as error:
         return _failed(f"{type(error).__name__}: {error}", ExitCode.STAGE_FAILED, debug)
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM: a batch system or torchrun ends this process."""
-
-
-@contextmanager
-def _interrupts_noticed() -> Iterator[None]:
-    """Raises KeyboardInterrupt for any error after Ctrl-C: an import that it cut short fails in other ways.
-
-    SIGTERM is taken like Ctrl-C, so that nothing half-written is left.
-    """
-    came: list[type[KeyboardInterrupt]] = []
-
-    def notice(number: int, frame: FrameType | None) -> None:
-        came.append(_Terminated if number == signal.SIGTERM else KeyboardInterrupt)
-        raise came[-1]
-
-    ours = threading.current_thread() is threading.main_thread()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    ours = ours and before == {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    for number in before if ours else ():
-        signal.signal(number, notice)
-    try:
-        yield
-    except Exception as error:
-        # What was made of the interruption on purpose stays: torchrun ends a process when another one has failed.
-        if came and (isinstance(error, click.Abort) or not isinstance(error.__cause__, KeyboardInterrupt)):
-            raise came[0] from error
-        raise
-    finally:
-        for number, handler in before.items() if ours else ():
-            signal.signal(number, handler)
 
 
 def _failed(message: str, code: int, debug: bool) -> int:
