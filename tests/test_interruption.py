@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import json
 import os
@@ -337,7 +338,13 @@ def in_a_weak_reference(action: Callable[[], object]) -> None:
     assert reference() is None
 
 
-@pytest.mark.parametrize("where", [in_a_finaliser, in_a_weak_reference])
+def in_an_extension(action: Callable[[], object]) -> None:
+    """Calls it as extensions call Python where they print what was raised, and go on."""
+    code = f"import ctypes; ctypes.cast({id(action)}, ctypes.py_object).value()"
+    assert ctypes.pythonapi.PyRun_SimpleString(code.encode()) == -1
+
+
+@pytest.mark.parametrize("where", [in_a_finaliser, in_a_weak_reference, in_an_extension])
 @pytest.mark.parametrize(
     ("number", "code", "line"), [(signal.SIGINT, INTERRUPTED, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
@@ -366,12 +373,17 @@ def test_a_signal_whose_exception_python_drops_is_not_lost(
     assert sys.unraisablehook is hook
 
 
-def test_any_other_error_that_python_drops_goes_to_the_hook_before(
-    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, pifa_deploy: Callable[..., Outcome]
+@pytest.mark.parametrize("where", [in_a_finaliser, in_an_extension])
+def test_any_other_dropped_error_goes_to_the_hook_that_was_there(
+    where: Callable[[Callable[[], object]], None],
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    pifa_deploy: Callable[..., Outcome],
 ) -> None:
-    heard = []
+    heard: list[type[BaseException]] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda what: heard.append(what.exc_type))
-    monkeypatch.setattr("pifa_deploy.inspection.inspect_path", lambda path: in_a_finaliser(lambda: {}["absent"]))
+    monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: heard.append(kind))
+    monkeypatch.setattr("pifa_deploy.inspection.inspect_path", lambda path: where(lambda: {}["absent"]))
     pifa_deploy("inspect", checkpoint)
     assert heard == [KeyError]
 

@@ -24,25 +24,24 @@ class Terminated(KeyboardInterrupt):
 def interruptions_noticed() -> Iterator[None]:
     """Raises KeyboardInterrupt for SIGINT and Terminated for SIGTERM, and for whatever error follows from one.
 
-    An import that a signal cut short fails in other ways; and Python drops an exception that is raised in a finaliser
-    or in a weak reference's callback: its signal is sent once more. Where the caller has taken the signals itself,
-    or ignores them, they stay so.
+    An import that a signal cut short fails in other ways. Python drops an exception that is raised in a finaliser or
+    in a weak reference's callback, and some extensions print the one that their import raised and go on: the signal
+    is then sent once more. Where the caller has taken the signals itself, or ignores them, they stay so.
     """
     came: list[type[KeyboardInterrupt]] = []
     numbers = {signal.SIGINT: KeyboardInterrupt, signal.SIGTERM: Terminated}
-    main_thread = threading.main_thread()
-    drop, over = sys.unraisablehook, threading.Event()
+    main_thread, over = threading.main_thread(), threading.Event()
+    dropped, printed = sys.unraisablehook, sys.excepthook
 
     def notice(number: int, frame: FrameType | None) -> None:
         came.append(numbers[signal.Signals(number)])
         raise came[-1]
 
-    def dropped(what: sys.UnraisableHookArgs) -> None:
-        for number, kind in numbers.items():
-            if what.exc_type is kind:
-                _thread.start_new_thread(send_again, (number,))  # threading's locks may be held around a finaliser
-                return
-        drop(what)
+    def lost(kind: type[BaseException]) -> bool:
+        number = next((number for number, raised in numbers.items() if kind is raised), None)
+        if number is not None:
+            _thread.start_new_thread(send_again, (number,))  # threading's locks may be held around a finaliser
+        return number is not None
 
     def send_again(number: int) -> None:
         if not over.wait(_AGAIN_AFTER_S) and main_thread.ident is not None:
@@ -52,7 +51,8 @@ def interruptions_noticed() -> Iterator[None]:
     ours = threading.current_thread() is main_thread
     ours = ours and before == {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
     if ours:
-        sys.unraisablehook = dropped
+        sys.unraisablehook = lambda what: None if lost(what.exc_type) else dropped(what)
+        sys.excepthook = lambda kind, error, trace: None if lost(kind) else printed(kind, error, trace)
         for number in numbers:
             signal.signal(number, notice)
     try:
@@ -67,4 +67,4 @@ def interruptions_noticed() -> Iterator[None]:
         if ours:
             for number, handler in before.items():
                 signal.signal(number, handler)
-            sys.unraisablehook = drop
+            sys.unraisablehook, sys.excepthook = dropped, printed
