@@ -12,6 +12,7 @@ from typing import Any
 from pifa_deploy.decoder_step import PAST, StepLimits
 from pifa_deploy.digest import file_sha256
 from pifa_deploy.engine_record import EngineRecord, read_engine_json
+from pifa_deploy.engine_schema import SIZES
 from pifa_deploy.errors import InputRefusedError, MisfitError, MissingCapabilityError, first_line
 from pifa_deploy.plugin_library import describe_library, find_library
 from pifa_deploy.targets import RTX, TENSORRT, LocalGpu, backends_for, this_gpu
@@ -20,7 +21,6 @@ MODULES = {RTX: "tensorrt_rtx", TENSORRT: "tensorrt"}
 _EXTRAS = {RTX: "pifa-deploy[rtx]", TENSORRT: "pifa-deploy[tensorrt]"}
 # TX1, TX2, Xavier, Orin, T239, Thor (10.1 until CUDA 13).
 _TEGRA = {(5, 3), (6, 2), (7, 2), (8, 7), (8, 8), (10, 1), (11, 0)}
-_SIZES = {"max_batch_size": 1, "max_input_len": 512, "max_cache_len": 512}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ def check_fit(folder: Path | str, machine: Machine, *, plugin_library: Path | No
             f"{folder} was built by {record.backend} {record.version}, installed is {installed}, and engines run in "
             f"the version that built them; {_advice(record, folder, machine)}"
         )
-    if not any(capability in engine.compute_capabilities for engine in record.engines):
+    if capability not in record.compute_capabilities:
         raise MisfitError(
             f"{folder} was built for compute capability {', '.join(record.compute_capabilities)}, this GPU has "
             f"{capability}; {_advice(record, folder, machine)}"
@@ -152,11 +152,11 @@ def rebuild_command(
     command = ["pifa-deploy", "build", "ONNX", str(folder), "--backend", backend]
     if backend == RTX:  # TensorRT builds for the GPU that it finds
         command += ["--compute-capabilities", capability or ",".join(record.compute_capabilities)]
-    for name, default in _SIZES.items():
-        size = max(int(record.options.get(name, default)), (sizes or {}).get(name, 0))
+    for name, default in SIZES.items():
+        size = max(record.options.get(name, default), (sizes or {}).get(name, 0))
         command += [f"--{name.replace('_', '-')}", str(size)]
     if record.options.get("sparsity", "auto") != "auto":
-        command += ["--sparsity", str(record.options["sparsity"])]
+        command += ["--sparsity", record.options["sparsity"]]
     if record.options.get("plugin_library"):
         command += ["--plugin", "auto"]
     return shlex.join([*command, "--force"])
@@ -203,11 +203,11 @@ def _check_plugin(record: EngineRecord, folder: Path, machine: Machine, given: P
     try:
         path = find_library(given)
     except MissingCapabilityError as error:
-        raise MissingCapabilityError(f"{folder} needs the plugin {needed.get('file')} and {error}") from None
+        raise MissingCapabilityError(f"{folder} needs the plugin {needed['file']} and {error}") from None
     library = describe_library(path)
-    if library.op_version != needed.get("op_version"):
+    if library.op_version != needed["op_version"]:
         raise MisfitError(
-            f"{folder} was built with version {needed.get('op_version')} of the plugin's operators, {path} has version "
+            f"{folder} was built with version {needed['op_version']} of the plugin's operators, {path} has version "
             f"{library.op_version}; {_advice(record, folder, machine)}"
         )
     capability = _capability(folder, record, machine)

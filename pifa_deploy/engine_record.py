@@ -10,22 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pifa_deploy.checkpoint import read_json_object
+from pifa_deploy.digest import file_sha256
+from pifa_deploy.engine_schema import FILE, LAYER, POINTS, SCHEMA, check_engine_json
 from pifa_deploy.errors import InputMissingError, InputRefusedError, MisfitError
-from pifa_deploy.targets import BACKENDS
+from pifa_deploy.onnx_folder import MODEL_FILE, OnnxFolder, external_files
 
 ENGINE_JSON = "engine.json"
-SCHEMA = 1
-_TYPES: dict[str, tuple[type | tuple[type, ...], str]] = {
-    "seconds": ((float, int), "a number"),
-    "peak_rss_bytes": (int, "a number"),
-    "layers": (list, "a list"),
-    "profiles": (list, "a list"),
-    "targets": (list, "a list"),
-    "tokenizer": (list, "a list"),
-    "sparse_weights": (bool, "true or false"),
-}
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_CAPABILITY = re.compile(r"\d{1,2}\.\d")
 _LAYER = re.compile(r"^\s+Name: (?P<name>.+?), LayerType: (?P<type>[^,]+), Inputs: (?P<rest>.*)$")
 _NUMBERING = re.compile(r"(_U\d+)?_myl\d+_\d+$")
 DATA_TYPES = "FP32|FP16|BF16|FP8|FP4|INT8|INT4|INT32|INT64|UINT8|Float|Half|BFloat16|Bool"
@@ -114,34 +104,36 @@ class EngineRecord:
         Raises:
             InputRefusedError: a field is missing or has a value outside the contract.
         """
-        _expect(value.get("schema") == SCHEMA, where, "schema", value.get("schema"), str(SCHEMA))
-        _expect(value.get("backend") in BACKENDS, where, "backend", value.get("backend"), f"one of {BACKENDS}")
-        for name in ("version", "onnx", "engines", "profiles", "compute_capabilities", "seconds", "peak_rss_bytes"):
-            _expect(name in value, where, name, None, "a value")
-        for name, (kind, expected) in _TYPES.items():
-            _expect(name not in value or isinstance(value[name], kind), where, name, value.get(name), expected)
-        onnx = value["onnx"]
-        sha256 = onnx.get("sha256") if isinstance(onnx, Mapping) else None
-        _expect(_is_hashes(sha256), where, "onnx.sha256", sha256, "file name -> 64 hexadecimal digits")
-        profiles = tuple(_profile(profile, f"{where}: profiles[{i}]") for i, profile in enumerate(value["profiles"]))
-        _expect(bool(profiles), where, "profiles", value["profiles"], "at least one")
+        check_engine_json(value, where)
         return cls(
             backend=value["backend"],
-            version=str(value["version"]),
-            onnx_sha256=dict(sha256 or {}),
-            compute_capabilities=_capabilities(value["compute_capabilities"], where, "compute_capabilities"),
-            targets=tuple(map(str, value.get("targets", ()))),
-            profiles=profiles,
-            layers=tuple(_layer(layer, f"{where}: layers[{i}]") for i, layer in enumerate(value.get("layers", ()))),
-            precision_histogram=_object(value, "precision_histogram", where),
-            network=_object(value, "network", where),
-            memory=_object(value, "memory", where),
-            engines=_engines(value["engines"], where),
-            options=_object(value, "options", where),
+            version=value["version"],
+            onnx_sha256=value["onnx"]["sha256"],
+            compute_capabilities=tuple(value["compute_capabilities"]),
+            targets=tuple(value.get("targets", ())),
+            profiles=tuple(
+                {name: {point: tuple(points[point]) for point in POINTS} for name, points in profile.items()}
+                for profile in value["profiles"]
+            ),
+            layers=tuple(
+                EngineLayer(**{name: layer[name] for name in LAYER}, modules=tuple(layer.get("modules", ())))
+                for layer in value.get("layers", ())
+            ),
+            precision_histogram=value.get("precision_histogram", {}),
+            network=value.get("network", {}),
+            memory=value.get("memory", {}),
+            engines=tuple(
+                EngineFile(
+                    **{name: engine[name] for name in FILE},
+                    compute_capabilities=tuple(engine["compute_capabilities"]),
+                )
+                for engine in value["engines"]
+            ),
+            options=value.get("options", {}),
             sparse_weights=value.get("sparse_weights", False),
-            tokenizer=tuple(map(str, value.get("tokenizer", ()))),
+            tokenizer=tuple(value.get("tokenizer", ())),
             seconds=float(value["seconds"]),
-            peak_rss_bytes=int(value["peak_rss_bytes"]),
+            peak_rss_bytes=value["peak_rss_bytes"],
         )
 
     def engine_for(self, compute_capability: str) -> EngineFile:
@@ -158,6 +150,11 @@ class EngineRecord:
             f"{', '.join(self.compute_capabilities)}, this GPU has {compute_capability}; build it again with "
             f"--compute-capabilities {compute_capability}"
         )
+
+
+def is_engine(path: Path | str) -> bool:
+    """Whether a path is an engine folder, or the engine.json in one."""
+    return Path(path).name == ENGINE_JSON or (Path(path) / ENGINE_JSON).is_file()
 
 
 def read_engine_json(path: Path | str) -> EngineRecord:
@@ -177,7 +174,11 @@ def read_engine_json(path: Path | str) -> EngineRecord:
     for engine in record.engines:
         found = file.parent / engine.file
         size = found.stat().st_size if found.is_file() else None
-        _expect(size == engine.bytes, str(found), "its size", size, f"{engine.bytes} bytes as {file.name} says")
+        if size != engine.bytes:
+            raise InputRefusedError(
+                f"{found}: its size is {size}, expected {engine.bytes} bytes as {file.name} says; build the engine "
+                "again"
+            )
     return record
 
 
@@ -220,70 +221,35 @@ def histogram(layers: Iterable[EngineLayer]) -> dict[str, int]:
     return dict(sorted(Counter(layer.precision for layer in layers).items()))
 
 
-def _expect(holds: bool, where: str, name: str, found: object, expected: str) -> None:
-    if not holds:
-        raise InputRefusedError(f"{where}: {name} is {found!r}, expected {expected}; build the engine again")
+def check_origin(record: EngineRecord, engine: Path, folder: OnnxFolder) -> None:
+    """Raises InputRefusedError unless an engine folder was built from exactly the files of an ONNX folder.
+
+    Args:
+        record: of the engine.
+        engine: its folder, whose tokenizer and configuration files are copies of the ONNX folder's.
+        folder: the ONNX folder.
+    """
+    files, named = {MODEL_FILE, *external_files(folder.model)}, set(record.onnx_sha256)
+    if named != files:
+        raise InputRefusedError(
+            f"{engine}: engine.json has the hashes of {', '.join(sorted(named))}, expected those of the graph's files "
+            f"{', '.join(sorted(files))} in {folder.path}; name the ONNX folder it came from or build again"
+        )
+    expected = dict(record.onnx_sha256)
+    for name in record.tokenizer:
+        copied = _sha256(engine / name)
+        if copied is None:
+            raise InputRefusedError(f"{engine / name} is not there, engine.json lists it; build the engine again")
+        expected[name] = copied
+    for name, digest in expected.items():
+        file = folder.path / name
+        if (found := _sha256(file)) != digest:
+            verb = "was built from" if name in record.onnx_sha256 else "has"
+            raise InputRefusedError(
+                f"{engine}: {verb} a {name} with hash {digest[:12]}…, {file} "
+                f"{'has another' if found else 'is not there'}; name the ONNX folder it came from or build again"
+            )
 
 
-def _is_hashes(value: object) -> bool:
-    return (
-        isinstance(value, Mapping)
-        and bool(value)
-        and all(isinstance(digest, str) and _SHA256.fullmatch(digest) for digest in value.values())
-    )
-
-
-def _object(value: Mapping[str, Any], name: str, where: str) -> dict[str, Any]:
-    found = value.get(name, {})
-    _expect(isinstance(found, Mapping), where, name, found, "an object")
-    return dict(found)
-
-
-def _capabilities(value: object, where: str, name: str) -> tuple[str, ...]:
-    found = value if isinstance(value, list | tuple) else []
-    sound = bool(found) and all(isinstance(each, str) and _CAPABILITY.fullmatch(each) for each in found)
-    _expect(sound, where, name, value, 'a list such as ["8.6"]')
-    return tuple(found)
-
-
-def _engines(value: object, where: str) -> tuple[EngineFile, ...]:
-    _expect(isinstance(value, list) and bool(value), where, "engines", value, "a list of engine files")
-    engines = []
-    for i, entry in enumerate(value if isinstance(value, list) else []):
-        place = f"{where}: engines[{i}]"
-        _expect(isinstance(entry, Mapping), place, "entry", entry, "an object")
-        name, size, digest = entry.get("file"), entry.get("bytes"), entry.get("sha256")
-        plain = isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
-        _expect(plain, place, "file", name, "a file name inside the folder")
-        _expect(isinstance(size, int) and size > 0, place, "bytes", size, "a positive integer")
-        _expect(_is_hashes({"sha256": digest}), place, "sha256", digest, "64 hexadecimal digits")
-        capabilities = _capabilities(entry.get("compute_capabilities"), place, "compute_capabilities")
-        engines.append(EngineFile(file=name, bytes=size, sha256=digest, compute_capabilities=capabilities))
-    return tuple(engines)
-
-
-def _profile(value: object, where: str) -> dict[str, dict[str, tuple[int, ...]]]:
-    _expect(isinstance(value, Mapping), where, "profile", value, "input name -> min, opt, max")
-    profile: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, points in (value if isinstance(value, Mapping) else {}).items():
-        sound = isinstance(points, Mapping) and all(_is_shape(points.get(point)) for point in ("min", "opt", "max"))
-        _expect(sound, where, name, points, "min, opt and max, each a list of sizes >= 0")
-        profile[str(name)] = {point: tuple(points[point]) for point in ("min", "opt", "max")}
-    return profile
-
-
-def _is_shape(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(
-        isinstance(size, int) and not isinstance(size, bool) and size >= 0 for size in value
-    )
-
-
-def _layer(value: object, where: str) -> EngineLayer:
-    sound = isinstance(value, Mapping) and all(isinstance(value.get(key), str) for key in ("name", "type", "precision"))
-    _expect(sound, where, "layer", value, "name, type and precision")
-    entry = value if isinstance(value, Mapping) else {}
-    modules = entry.get("modules", [])
-    _expect(isinstance(modules, list), where, "modules", modules, "a list of names")
-    return EngineLayer(
-        name=entry["name"], type=entry["type"], precision=entry["precision"], modules=tuple(map(str, modules))
-    )
+def _sha256(file: Path) -> str | None:
+    return file_sha256(file) if file.is_file() else None

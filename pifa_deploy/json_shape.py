@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,18 +21,29 @@ _TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class One:
-    """A single value: of a type of _TYPES, or "any"; `null` allows null, `values` lists the only ones allowed."""
+    """A single value: of a type of _TYPES, or "any".
+
+    Attributes:
+        type: which.
+        null: whether null will do too.
+        values: the only ones allowed.
+        least: smallest number allowed.
+        pattern: regular expression that the whole text matches.
+    """
 
     type: str = "any"
     null: bool = False
     values: tuple[Any, ...] = ()
+    least: int | None = None
+    pattern: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Many:
-    """A list of values of one shape."""
+    """A list of values of one shape, at least `least` of them."""
 
     item: Shape
+    least: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +82,7 @@ def validate(value: Any, shape: Shape, where: str) -> None:
         _validate_one(value, shape, where)
     elif isinstance(shape, Many):
         _expect(isinstance(value, list), where, value, "a list")
+        _expect(len(value) >= shape.least, where, value, f"at least {shape.least}")
         for place, item in enumerate(value):
             validate(item, shape.item, f"{where}[{place}]")
     else:
@@ -80,7 +93,7 @@ def validate(value: Any, shape: Shape, where: str) -> None:
             for name in shape.required:
                 _expect(name in value, f"{where}.{name}", None, "a value")
             fields = {**shape.optional, **shape.required}
-        for name in fields.keys() & value.keys():
+        for name in filter(value.__contains__, fields):
             validate(value[name], fields[name], f"{where}.{name}")
 
 
@@ -92,6 +105,10 @@ def _validate_one(value: Any, shape: One, where: str) -> None:
         _expect(fits and not (isinstance(value, float) and not math.isfinite(value)), where, value, expected)
     if shape.values:
         _expect(value in shape.values, where, value, " or ".join(map(repr, shape.values)))
+    if shape.least is not None:
+        _expect(value >= shape.least, where, value, f"at least {shape.least}")
+    if shape.pattern is not None:
+        _expect(re.fullmatch(shape.pattern, value) is not None, where, value, f"text that matches {shape.pattern}")
 
 
 def _expect(holds: bool, where: str, found: Any, expected: str) -> None:
@@ -106,7 +123,7 @@ def schema_of(shape: Shape) -> dict[str, Any]:
     if isinstance(shape, One):
         return _schema_of_one(shape)
     if isinstance(shape, Many):
-        return {"type": "array", "items": schema_of(shape.item)}
+        return {"type": "array", "items": schema_of(shape.item), **({"minItems": shape.least} if shape.least else {})}
     if isinstance(shape, Named):
         return {"type": "object", "additionalProperties": schema_of(shape.value)}
     fields = {name: schema_of(each) for name, each in {**shape.required, **shape.optional}.items()}
@@ -122,4 +139,8 @@ def _schema_of_one(shape: One) -> dict[str, Any]:
         schema["type"] = types if len(types) > 1 else types[0]
     if shape.values:
         schema["enum"] = list(shape.values)
+    if shape.least is not None:
+        schema["minimum"] = shape.least
+    if shape.pattern is not None:
+        schema["pattern"] = f"^(?:{shape.pattern})$"
     return schema

@@ -35,12 +35,14 @@ from pifa_deploy.engine_fit import (
     step_limits,
     this_machine,
 )
-from pifa_deploy.engine_record import EngineRecord, read_engine_json
+from pifa_deploy.engine_record import EngineRecord, check_origin, read_engine_json
 from pifa_deploy.errors import ExitCode, InputMissingError, InputRefusedError, MisfitError, MissingCapabilityError
+from pifa_deploy.onnx_folder import open_folder
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 from pifa_deploy.plugin_library import LIBRARY_VARIABLE
-from pifa_deploy.runners import OnnxRuntimeRunner, TensorRTRunner, open_runner
+from pifa_deploy.runners import open_runner
 from pifa_deploy.targets import RTX, TENSORRT, LocalGpu
-from pifa_deploy.tensorrt_runner import error_log, loaded_engine, profile_dimensions
+from pifa_deploy.tensorrt_runner import TensorRTRunner, error_log, loaded_engine, profile_dimensions
 
 pytest_plugins = ("cli_plugin",)
 
@@ -180,6 +182,58 @@ class TestFiles:
         for name in record.tokenizer:
             assert (engine_folder / name).read_bytes() == (onnx_folder / name).read_bytes()
 
+    def test_an_engine_whose_record_contradicts_itself_is_refused(self, folder: Path, fitting: Machine) -> None:
+        edit(folder, lambda value: value["engines"][0].update(compute_capabilities=["9.0"]))
+        message = r"engines\[0\]\.compute_capabilities is \['9\.0'\], expected some of \['8\.6', '8\.9'\], the record's"
+        with pytest.raises(InputRefusedError, match=message):
+            check_fit(folder, fitting)
+
+    def test_sizes_that_are_no_numbers_are_refused_before_a_command_is_made_of_them(self, folder: Path) -> None:
+        edit(folder, lambda value: value["options"].update(max_cache_len="many"))
+        with pytest.raises(
+            InputRefusedError, match=r"engine\.json: engine\.options\.max_cache_len is 'many', expected"
+        ):
+            check_fit(folder, machine("8.6", **{RTX: "1.8"}))
+
+
+class TestOrigin:
+    @pytest.fixture
+    def onnx(self, onnx_folder: Path, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(onnx_folder, tmp_path / "onnx"))
+
+    def test_the_folder_that_an_engine_was_built_from_is_its_origin(self, folder: Path, onnx_folder: Path) -> None:
+        check_origin(read_engine_json(folder), folder, open_folder(onnx_folder))
+
+    def test_a_record_without_the_weights_is_refused(self, folder: Path, onnx_folder: Path) -> None:
+        edit(folder, lambda value: value["onnx"]["sha256"].pop("model.onnx.data"))
+        message = r"engine\.json has the hashes of model\.onnx, expected .* model\.onnx, model\.onnx\.data in"
+        with pytest.raises(InputRefusedError, match=message):
+            check_origin(read_engine_json(folder), folder, open_folder(onnx_folder))
+
+    def test_a_record_of_another_file_is_refused(self, folder: Path, onnx_folder: Path) -> None:
+        edit(folder, lambda value: value["onnx"]["sha256"].update({"../../etc/hostname": "0" * 64}))
+        with pytest.raises(InputRefusedError, match=r"has the hashes of \.\./\.\./etc/hostname, model\.onnx, "):
+            check_origin(read_engine_json(folder), folder, open_folder(onnx_folder))
+
+    @pytest.mark.parametrize("name", ["model.onnx.data", "tokenizer.json"])
+    def test_another_onnx_folder_is_refused(self, name: str, folder: Path, onnx: Path) -> None:
+        data = bytearray((onnx / name).read_bytes())
+        data[-1] ^= 1
+        (onnx / name).write_bytes(data)
+        with pytest.raises(
+            InputRefusedError,
+            match=rf"engine: (was built from|has) a {name} with hash \w{{12}}…, .*onnx/{name} has another",
+        ):
+            check_origin(read_engine_json(folder), folder, open_folder(onnx))
+
+    def test_a_tokenizer_that_was_changed_in_or_taken_from_the_engine_folder(self, folder: Path, onnx: Path) -> None:
+        (folder / "tokenizer.json").write_text("{}")
+        with pytest.raises(InputRefusedError, match=r"engine: has a tokenizer\.json with hash \w{12}…, .* has another"):
+            check_origin(read_engine_json(folder), folder, open_folder(onnx))
+        (folder / "tokenizer.json").unlink()
+        with pytest.raises(InputRefusedError, match=r"engine/tokenizer\.json is not there"):
+            check_origin(read_engine_json(folder), folder, open_folder(onnx))
+
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -218,7 +272,8 @@ class TestPlugins:
         assert str(advised(error)["plugin"]) == "auto"
 
     def test_the_plugin_has_no_code_for_the_gpu(self, folder: Path, record: EngineRecord, library: Path) -> None:
-        edit(folder, lambda value: value["engines"][0].update(compute_capabilities=["7.5"]))
+        for_old = {"compute_capabilities": ["7.5"]}
+        edit(folder, lambda value: (value.update(for_old), value["engines"][0].update(for_old)))
         with pytest.raises(MisfitError, match=r"holds code for 80, 86, 90, this GPU has .*7\.5; run: ") as error:
             check_fit(folder, machine("7.5", **{RTX: record.version}), plugin_library=library)
         asked = advised(error)

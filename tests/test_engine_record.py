@@ -50,26 +50,73 @@ def test_a_record_survives_being_written_and_read(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"schema": 2}, r"schema is 2, expected 1"),
-        ({"backend": "onnx"}, r"backend is 'onnx'"),
+        ({"backend": "onnx"}, r"backend is 'onnx', expected 'tensorrt-rtx' or 'tensorrt'"),
         ({"onnx": {}}, r"onnx\.sha256 is None"),
-        ({"onnx": {"sha256": {"model.onnx": "short"}}}, r"onnx\.sha256 is .*64 hexadecimal digits"),
-        ({"compute_capabilities": ["sm86"]}, r"compute_capabilities is \['sm86'\]"),
-        ({"profiles": [{"x": {"min": [1]}}]}, r"profiles\[0\]: x is"),
+        ({"onnx": {"sha256": {"model.onnx": "short"}}}, r"onnx\.sha256\.model\.onnx is 'short', .*\{64\}"),
+        (
+            {"onnx": {"sha256": {"config.json": "0" * 64}}},
+            r"onnx\.sha256 is .*config\.json.*expected model\.onnx among",
+        ),
+        ({"compute_capabilities": ["sm86"]}, r"compute_capabilities\[0\] is 'sm86'"),
+        ({"compute_capabilities": []}, r"compute_capabilities is \[\], expected at least 1"),
+        (
+            {"compute_capabilities": ["8.9"]},
+            r"engines\[0\]\.compute_capabilities is \['8\.6'\], expected some of \['8\.9'\], the record's",
+        ),
+        (
+            {"compute_capabilities": ["8.6", "8.9"]},
+            r"engine\.compute_capabilities is \['8\.6', '8\.9'\], expected \['8\.6'\], those of its engines",
+        ),
+        ({"profiles": [{"x": {"min": [1]}}]}, r"profiles\[0\]\.x\.opt is None"),
+        ({"profiles": ["x"]}, r"profiles\[0\] is 'x', expected an object"),
         ({"profiles": 3}, r"profiles is 3"),
-        ({"profiles": []}, r"profiles is \[\], expected at least one"),
+        ({"profiles": []}, r"profiles is \[\], expected at least 1"),
         ({"engines": []}, r"engines is \[\]"),
-        ({"engines": [{**RECORD["engines"][0], "file": "../x"}]}, r"engines\[0\]: file is '\.\./x'"),
+        ({"engines": [{**RECORD["engines"][0], "file": "../x"}]}, r"engines\[0\]\.file is '\.\./x'"),
         ({"engines": [{**RECORD["engines"][0], "bytes": 6}]}, r"model\.engine: its size is 5, expected 6 bytes"),
-        ({"engines": [{**RECORD["engines"][0], "sha256": None}]}, r"engines\[0\]: sha256"),
-        ({"layers": [{"name": "x"}]}, r"layers\[0\]: layer is"),
+        ({"engines": [{**RECORD["engines"][0], "bytes": True}]}, r"engines\[0\]\.bytes is True, expected an integer"),
+        ({"engines": [{**RECORD["engines"][0], "sha256": None}]}, r"engines\[0\]\.sha256 is None"),
+        ({"layers": [{"name": "x"}]}, r"layers\[0\]\.type is None"),
         ({"targets": 3}, r"targets is 3, expected a list"),
-        ({"seconds": "1"}, r"seconds is '1', expected a number"),
+        ({"tokenizer": ["../config.json"]}, r"tokenizer\[0\] is '\.\./config\.json', expected a file name inside"),
+        ({"seconds": "1"}, r"seconds is '1', expected a finite number"),
         ({"sparse_weights": 1}, r"sparse_weights is 1, expected true or false"),
+        ({"network": {"modules": 3}}, r"network\.modules is 3, expected a list"),
+        ({"memory": {"weights": None}}, r"memory\.weights is None, expected an integer"),
+        ({"options": {"max_cache_len": "many"}}, r"options\.max_cache_len is 'many', expected an integer"),
+        ({"options": {"max_cache_len": None}}, r"options\.max_cache_len is None, expected an integer"),
+        ({"options": {"max_input_len": 0}}, r"options\.max_input_len is 0, expected at least 1"),
+        ({"options": {"plugin_library": "x"}}, r"options\.plugin_library is 'x', expected an object"),
+        ({"options": {"plugin_library": {"file": "x"}}}, r"options\.plugin_library\.op_version is None"),
     ],
 )
 def test_a_record_outside_the_contract_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputRefusedError, match=message):
         read_engine_json(_write(tmp_path, {**RECORD, **change}))
+
+
+@pytest.mark.parametrize(
+    ("name", "points", "message"),
+    [
+        ("input_ids", {"min": [], "opt": [], "max": []}, r"input_ids\.min is \[\], expected 2 sizes"),
+        ("input_ids", {"max": []}, r"input_ids\.max is \[\], expected 2 sizes"),
+        ("position_ids", {"min": [1]}, r"position_ids\.min is \[1\], expected 2 sizes"),
+        ("input_ids", {"max": [1, -1]}, r"input_ids\.max\[1\] is -1, expected at least 0"),
+        ("input_ids", {"min": [0, 0], "opt": [0, 0], "max": [1, 0]}, r"input_ids\.max is \[1, 0\], .* at least 1"),
+        ("past_key_values.0.key", {"max": [1]}, r"past_key_values\.0\.key\.max is \[1\], expected 4 sizes"),
+        ("past_key_values.0.key", {"max": [1, 2, 0, 8]}, r"opt \[1, 2, 4, 8\], max \[1, 2, 0, 8\].*min <= opt <= max"),
+        ("pixels", {"min": [1], "opt": [1, 1], "max": [1, 1]}, r"pixels\.min is \[1\], expected 2 sizes"),
+    ],
+)
+def test_a_profile_whose_sizes_do_not_go_together_is_refused(
+    tmp_path: Path, name: str, points: dict[str, Any], message: str
+) -> None:
+    cache = {"min": [1, 2, 0, 8], "opt": [1, 2, 4, 8], "max": [1, 2, 8, 8]}
+    sound = cache if name.startswith("past") else {"min": [1, 1], "opt": [1, 1], "max": [1, 8]}
+    read_engine_json(_write(tmp_path, {**RECORD, "profiles": [{name: sound}]}))
+    with pytest.raises(InputRefusedError, match=rf"engine\.json: engine\.profiles\[0\].*{message}") as error:
+        read_engine_json(_write(tmp_path, {**RECORD, "profiles": [{name: {**sound, **points}}]}))
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("name", sorted(set(RECORD) - {"schema", "backend"}))
