@@ -67,6 +67,11 @@ class Bisection:
         """Returns the first PIFA layer beyond its limit."""
         return next((module for module, rho in self.operators.items() if not rho <= self.rho_limit), None)
 
+    def first_bad_module(self) -> str:
+        """Returns the name of the first bad PIFA layer, else of the first bad part, else nothing."""
+        part = self.first_bad()
+        return self.first_bad_operator() or (part.part if part else "")
+
     def line(self) -> str:
         """Returns the result in one line."""
         part, module = self.first_bad(), self.first_bad_operator()
@@ -76,7 +81,8 @@ class Bisection:
         if part is None:
             return (
                 "every layer replays well on the reference's inputs, and so do embedding, head and cache: logits that "
-                "differ all the same do so because of what happens between steps"
+                f"differ all the same do so because of what happens between steps, or of what these {BISECTION_TOKENS} "
+                "tokens do not reach"
             )
         operators = "; its PIFA layers replay well one by one" if self.operators else ""
         return (
@@ -86,15 +92,31 @@ class Bisection:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the result as JSON values."""
-        part = self.first_bad()
         finite = [{**asdict(each), "ratio": each.ratio if np.isfinite(each.ratio) else None} for each in self.parts]
         return {
             "parts": finite,
             "limit": self.limit,
             "operators": {name: rho if np.isfinite(rho) else None for name, rho in self.operators.items()},
-            "first_bad": self.first_bad_operator() or (part.part if part else None),
+            "rho_limit": self.rho_limit,
+            "first_bad": self.first_bad_module() or None,
             "line": self.line(),
         }
+
+
+def bisection_from_json(value: Mapping[str, Any]) -> Bisection:
+    """Returns what `Bisection.to_json` wrote; null stands for what is not finite.
+
+    Raises:
+        KeyError, TypeError, ValueError: it did not write that.
+    """
+    parts = tuple(PartFigures(**{**part, "ratio": _number(part["ratio"])}) for part in value["parts"])
+    operators = {str(name): _number(rho) for name, rho in value["operators"].items()}
+    limits = {name: float(value[name]) for name in ("limit", "rho_limit")}
+    return Bisection(parts=parts, operators=operators, **limits)
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else float(value)
 
 
 def replay(model: PreTrainedModel, graph: CutGraph, ids: IntArray) -> list[PartFigures]:
@@ -232,7 +254,7 @@ def _ratio(found: Array, expected: Array, *, before: Array | None, unit: float) 
     return float((error / (unit * noise + np.finfo(np.float32).tiny)).max())
 
 
-def bisect(model: PreTrainedModel, graph: CutGraph, ids: IntArray, *, rho_limit: float = 2.0) -> Bisection:
+def bisect(model: PreTrainedModel, graph: CutGraph, ids: IntArray, *, rho_limit: float) -> Bisection:
     """Replays every part, and the PIFA layers of the first bad one, alone; all of them where no part is bad.
 
     A PIFA layer has a bound of its own, which sees what is lost in the noise of a whole part.

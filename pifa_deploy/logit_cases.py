@@ -1,4 +1,4 @@
-"""Which tokens a verification feeds to all runners: prompts, padded batches, decode steps, long prefills."""
+"""Which tokens a verification feeds to all runners: prompts, padded batches, decode steps, long sequences."""
 
 from __future__ import annotations
 
@@ -17,41 +17,51 @@ from pifa_deploy.model_folder import load_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class CaseOptions:
-    """Which positions are compared.
+    """Which positions are compared; no two cases have a token of the text in common.
 
     Attributes:
         text: UTF-8 files; the packaged held-out text when empty.
         prefill_lengths: prompts run on their own, in tokens.
         padded_lengths: prompts run as one batch, padded on the left to the longest.
+        padded_steps: tokens a row of the steps behind that batch's cache.
         decode_prompt: tokens before the teacher-forced decode steps.
-        decode_steps: number of single-token steps through the cache.
-        positions: at least so many in all: further prefills, of tokens behind those of the other cases, make them up.
-        window: tokens of each of those prefills.
+        decode_steps: number of single-token steps through the cache, behind that prompt, and once more before the
+            last step of the first long sequence.
+        positions: at least so many in all: long sequences make them up.
+        window: most tokens of a step in these.
+        context: most tokens of each of these, which runs through the cache step by step.
     """
 
     text: tuple[Path, ...] = ()
     prefill_lengths: tuple[int, ...] = (1, 17, 128, 512)
     padded_lengths: tuple[int, ...] = (40, 96, 71)
+    padded_steps: tuple[int, ...] = (7, 1, 1)
     decode_prompt: int = 64
     decode_steps: int = 32
     positions: int = 8192
     window: int = 512
+    context: int = 2048
 
     def __post_init__(self) -> None:
         """Raises ValueError for lengths below 1."""
-        lengths = (*self.prefill_lengths, *self.padded_lengths, self.decode_prompt, self.window)
+        lengths = (*self.prefill_lengths, *self.padded_lengths, *self.padded_steps)
+        lengths += (self.decode_prompt, self.window, self.context)
         if not self.prefill_lengths or min(lengths) < 1 or self.decode_steps < 0:
             raise ValueError(f"lengths are {lengths} and decode_steps {self.decode_steps}, expected at least 1 and 0")
         if self.positions < 0:
             raise ValueError(f"positions is {self.positions}, expected at least 0")
 
-    def windows(self) -> list[tuple[int, int]]:
-        """Returns (start, stop) of the long prefills."""
-        decoded = self.decode_prompt + self.decode_steps if self.decode_steps else 0
-        first = self._first_tokens()
-        missing = self.positions - sum(self.prefill_lengths) - sum(self.padded_lengths) - decoded
+    def sequences(self) -> list[tuple[int, ...]]:
+        """Returns the lengths of the steps of each long sequence."""
+        missing = self.positions - self._first_tokens()
         count = -(-missing // self.window) if missing > 0 else 0
-        return [(first + i * self.window, first + (i + 1) * self.window) for i in range(count)]
+        at_once = max(self.context // self.window, 1)
+        steps = [(self.window,) * min(at_once, count - first) for first in range(0, count, at_once)]
+        if steps and len(steps[0]) > 1:  # the longest cache that any runner with room for these steps has room for
+            singles = min(self.decode_steps, self.window)
+            rest = (self.window - singles,) if singles < self.window else ()
+            steps[0] = (*steps[0][:-2], *rest, *(1,) * singles, steps[0][-1])
+        return steps
 
     def within(self, *, batch: int, tokens: int, past: int) -> dict[str, Any]:
         """Returns the lengths that a runner with limits can take, as changes to the options.
@@ -61,22 +71,27 @@ class CaseOptions:
             tokens: most tokens in one step.
             past: most tokens in the cache before a step.
         """
-        padded = len(self.padded_lengths) <= batch and max(self.padded_lengths, default=0) <= tokens
-        prompt = min(self.decode_prompt, tokens, past)
+        width = max(self.padded_lengths, default=0)
+        padded = len(self.padded_lengths) <= batch and width <= tokens
+        continued = padded and max(self.padded_steps, default=0) <= tokens and width + sum(self.padded_steps) <= past
+        prompt, window = min(self.decode_prompt, tokens, past), min(self.window, tokens)
         return {
             "prefill_lengths": tuple(length for length in self.prefill_lengths if length <= tokens) or (tokens,),
             "padded_lengths": self.padded_lengths if padded else (),
+            "padded_steps": self.padded_steps if continued else (),
             "decode_prompt": prompt,
             "decode_steps": min(self.decode_steps, past - prompt + 1),
-            "window": min(self.window, tokens),
+            "window": window,
+            "context": min(self.context, (past // window + 1) * window),
         }
 
     def tokens_needed(self) -> int:
         """Returns how long the text must be."""
-        return max((stop for _, stop in self.windows()), default=self._first_tokens())
+        return self._first_tokens() + sum(map(sum, self.sequences()))
 
     def _first_tokens(self) -> int:
-        return max(*self.prefill_lengths, sum(self.padded_lengths), self.decode_prompt + self.decode_steps)
+        padded = sum(self.padded_lengths) + len(self.padded_lengths) * sum(self.padded_steps)
+        return sum(self.prefill_lengths) + padded + (self.decode_prompt + self.decode_steps) * bool(self.decode_steps)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +107,15 @@ class Case:
     name: str
     step: Step
     labels: IntArray
+
+    @property
+    def kind(self) -> str:
+        """What a runner does in it that it does not do in other kinds."""
+        if not self.step.attention_mask.all():
+            return "padded" if self.step.starts else "padded, cached"
+        if self.step.starts:
+            return "prefill"
+        return "decode" if self.step.input_ids.shape[1] == 1 else "chunk"
 
     def visible(self, logits: FloatArray) -> FloatArray:
         """Returns the logits [positions, vocabulary] of the tokens that are not padding."""
@@ -126,22 +150,34 @@ def text_tokens(reference: Path | str, options: CaseOptions) -> IntArray:
 
 
 def cases(ids: IntArray, options: CaseOptions) -> Iterator[Case]:
-    """Yields prefills, a padded batch, a prompt and decode steps that share one cache, then the long prefills."""
+    """Yields prefills, a padded batch, a prompt and decode steps, then the long sequences; each with its own cache."""
+    at = 0
     for length in options.prefill_lengths:
-        yield _plain(f"prefill {length}", ids, 0, length)
+        yield _behind(f"prefill {length}", ids[at : at + length + 1], 0, length)
+        at += length
     if options.padded_lengths:
-        yield _padded(f"padded batch {'+'.join(map(str, options.padded_lengths))}", ids, options.padded_lengths)
+        lengths, steps = options.padded_lengths, options.padded_steps
+        yield from _padded(f"padded batch {'+'.join(map(str, lengths))}", ids[at:], lengths, steps)
+        at += sum(lengths) + len(lengths) * sum(steps)
     if options.decode_steps:
-        yield _plain(f"prompt {options.decode_prompt}", ids, 0, options.decode_prompt)
+        text = ids[at : at + options.decode_prompt + options.decode_steps + 1]
+        yield _behind(f"prompt {options.decode_prompt}", text, 0, options.decode_prompt)
         for past in range(options.decode_prompt, options.decode_prompt + options.decode_steps):
-            step = Step.after(past, ids[past : past + 1])
-            yield Case(name=f"decode at {past}", step=step, labels=_following(ids, past, past + 1)[None])
-    for start, stop in options.windows():
-        yield _plain(f"tokens {start} to {stop}", ids, start, stop)
+            yield _behind(f"decode at {past}", text, past, 1)
+        at += options.decode_prompt + options.decode_steps
+    for sequence in options.sequences():
+        past = 0
+        for length in sequence:
+            name = f"tokens {at + past} to {at + past + length} at {past}"
+            yield _behind(name, ids[at : at + sum(sequence) + 1], past, length)
+            past += length
+        at += past
 
 
-def _plain(name: str, ids: IntArray, start: int, stop: int) -> Case:
-    return Case(name=name, step=Step.after(0, ids[start:stop]), labels=_following(ids, start, stop)[None])
+def _behind(name: str, text: IntArray, past: int, length: int) -> Case:
+    """Returns the case of some tokens of a text, the tokens before them in the cache."""
+    step = Step.after(past, text[past : past + length])
+    return Case(name=name, step=step, labels=_following(text, past, past + length)[None])
 
 
 def _following(ids: IntArray, start: int, stop: int) -> IntArray:
@@ -152,17 +188,23 @@ def _following(ids: IntArray, start: int, stop: int) -> IntArray:
     return found
 
 
-def _padded(name: str, ids: IntArray, lengths: tuple[int, ...]) -> Case:
-    width, count = max(lengths), len(lengths)
-    inputs = np.full((count, width), ids[0])
-    mask, positions = np.zeros((2, count, width), np.int64)
-    labels = np.full((count, width), -1, np.int64)
+def _padded(name: str, ids: IntArray, lengths: tuple[int, ...], steps: tuple[int, ...]) -> Iterator[Case]:
+    """Yields a batch padded on the left to its longest row, then steps behind its cache."""
+    width, more = max(lengths), sum(steps)
+    inputs = np.full((len(lengths), width + more), ids[0])
+    mask, positions = np.zeros((2, *inputs.shape), np.int64)
+    labels = np.full(inputs.shape, -1, np.int64)
     start = 0
     for row, length in enumerate(lengths):
-        inputs[row, width - length :] = ids[start : start + length]
-        mask[row, width - length :] = 1
-        positions[row, width - length :] = np.arange(length)
-        labels[row, width - length :] = _following(ids, start, start + length)
-        start += length
-    step = Step(input_ids=inputs, attention_mask=mask, position_ids=positions)
-    return Case(name=name, step=step, labels=labels)
+        shown, stop = slice(width - length, None), start + length + more
+        inputs[row, shown] = ids[start:stop]
+        mask[row, shown] = 1
+        positions[row, shown] = np.arange(length + more)
+        labels[row, shown] = _following(ids, start, stop)
+        start = stop
+    past = 0
+    for length in (width, *steps):
+        end = past + length
+        step = Step(input_ids=inputs[:, past:end], attention_mask=mask[:, :end], position_ids=positions[:, past:end])
+        yield Case(name=f"{name}, {length} at {past}" if past else name, step=step, labels=labels[:, past:end])
+        past = end

@@ -178,8 +178,9 @@ def _manifest(model: PreTrainedModel, folder: Path, options: ExportOptions) -> d
     """Returns pifa.json but for what it says of the checkpoint."""
     layers, kv_heads, head_dim = cache_shape(model.config)
     files = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
-        for name in (MODEL_FILE, DATA_FILE)
+        file.name: {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+        for file in sorted(folder.iterdir())
+        if file.is_file()
     }
     return {
         "schema": SCHEMA,

@@ -3,7 +3,8 @@
 pifa.json: {"schema": 1, "artefact": "onnx", "dtype": "fp16", "plain_ops": false, "op": {...}, "cache": {...},
 "source_sha256": "...", "modules": {name: {"rank", "in_features", "out_features", "format", "tensors": [...]}},
 "sparsity": null or {"pattern": "2:4", "method": "wanda", "modules": {name: {"in_features", "out_features",
-"tensors"}}}, "files": {name: {"bytes", "sha256"}}, "tools": {package: version}}
+"tensors"}}}, "files": {name: {"bytes", "sha256"}}, "tools": {package: version}}. "files" are all
+files of the folder but itself; earlier exports list the graph and its data only.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 from pifa_deploy import op_spec
 from pifa_deploy.checkpoint import read_json_object
 from pifa_deploy.errors import InputMissingError, InputRefusedError
+from pifa_deploy.json_shape import Fields, Named, One, validate
 from pifa_deploy.sparse_checkpoint import PATTERN
 
 MODEL_FILE = "model.onnx"
 DATA_FILE = "model.onnx.data"
 MANIFEST_FILE = "pifa.json"
 SCHEMA = 1
+SHA256 = One(type="string", pattern="[0-9a-f]{64}")
+_FILES = Named(value=Fields(required={"bytes": One(type="integer", least=0), "sha256": SHA256}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +122,8 @@ def _read_manifest(file: Path) -> dict[str, Any]:
         )
     if not isinstance(manifest.get("source_sha256"), (str, type(None))):
         raise InputRefusedError(f"{file}: source_sha256 is {manifest['source_sha256']!r}, expected text or null")
+    if "files" in manifest:
+        validate(manifest["files"], _FILES, f"{file}: files")
     sparsity = manifest.get("sparsity")
     if sparsity is not None:
         _check_sparsity(sparsity, f"{file}: sparsity")

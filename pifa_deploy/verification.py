@@ -13,20 +13,22 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pifa_deploy.bisection import BISECTION_TOKENS, bisect
-from pifa_deploy.digest import file_sha256, model_sha256
+from pifa_deploy.decoder_step import IntArray, Runner
+from pifa_deploy.digest import model_sha256
 from pifa_deploy.engine_fit import step_limits
-from pifa_deploy.engine_record import EngineRecord, read_engine_json
+from pifa_deploy.engine_record import EngineRecord, check_origin, read_engine_json
 from pifa_deploy.errors import InputRefusedError, MissingCapabilityError, PifaDeployError, first_line
 from pifa_deploy.graph_cut import CutGraph
 from pifa_deploy.logit_cases import Case, CaseOptions, cases, text_tokens
 from pifa_deploy.low_rank_twin import build_twin_engine, low_rank_twin
 from pifa_deploy.model_folder import load_model
 from pifa_deploy.onnx_folder import OnnxFolder, open_folder
-from pifa_deploy.onnx_runner import DEVICES
+from pifa_deploy.onnx_runner import DEVICES, OnnxRuntimeRunner
 from pifa_deploy.operator_parity import measure_operators
-from pifa_deploy.parity import Comparison, Gates, gates_for
-from pifa_deploy.runners import IntArray, OnnxRuntimeRunner, Runner, TensorRTRunner, TorchRunner
+from pifa_deploy.parity import RHO_LIMIT, Comparison, Gates, gates_for
 from pifa_deploy.source_parity import SourceWeights, measure_source
+from pifa_deploy.tensorrt_runner import TensorRTRunner
+from pifa_deploy.torch_runner import TorchRunner
 from pifa_deploy.verification_report import LEVELS, LogitFigures, Measured, VerifyReport, judge_levels
 from pifa_deploy.weight_parity import measure_weights
 
@@ -109,10 +111,11 @@ def verify_folder(onnx: Path | str, reference: Path | str, options: VerifyOption
         options = replace(options, **options.within(**_limits(record)))
     candidate = _candidate(folder, options) if "logits" in options.levels else None
     model = load_model(reference, dtype=torch.float32)
+    options = _within_reach(options, model)
     graph = CutGraph(folder)
     runs = options.bisect or {"operators", "logits"} & set(options.levels)
     ids = text_tokens(reference, options) if runs else None
-    weights = measure_weights(model, graph) if "weights" in options.levels else None
+    weights = measure_weights(model, graph, reference=reference) if "weights" in options.levels else None
     source = _measure_source(reference, options.source) if options.source is not None else None
     operators = None
     if ids is not None and "operators" in options.levels:
@@ -122,28 +125,26 @@ def verify_folder(onnx: Path | str, reference: Path | str, options: VerifyOption
         if candidate and ids is not None
         else None
     )
+    rho_limit = RHO_LIMIT if gates.rho is None else gates.rho
     measured = Measured(
         dtype=folder.dtype,
         weights=weights,
         source=source,
         operators=operators,
         logits=logits,
+        bisection=bisect(model, graph, ids, rho_limit=rho_limit) if options.bisect and ids is not None else None,
         device=options.device,
     )
-    found = bisect(model, graph, ids, rho_limit=gates.rho or 2.0) if options.bisect and ids is not None else None
-    return VerifyReport(measured=measured, gates=gates, verdict=judge_levels(measured, gates), bisection=found)
+    return VerifyReport(measured=measured, gates=gates, verdict=judge_levels(measured, gates))
 
 
-def check_origin(record: EngineRecord, engine: Path, folder: OnnxFolder) -> None:
-    """Raises InputRefusedError unless an engine was built from exactly the files of an ONNX folder."""
-    for name, expected in record.onnx_sha256.items():
-        file = folder.path / name
-        if not file.is_file() or file_sha256(file) != expected:
-            found = "has another" if file.is_file() else "is not there"
-            raise InputRefusedError(
-                f"{engine}: was built from a {name} with hash {expected[:12]}…, {file} {found}; "
-                "name the ONNX folder it came from or build again"
-            )
+def _within_reach(options: VerifyOptions, model: PreTrainedModel) -> VerifyOptions:
+    """Returns the options with no sequence longer than the positions that the model has."""
+    reach = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if reach is None:
+        return options
+    lengths = options.within(batch=len(options.padded_lengths), tokens=reach, past=reach - 1)
+    return replace(options, **{**lengths, "context": min(options.context, reach)})
 
 
 def _limits(record: EngineRecord) -> dict[str, int]:
@@ -175,8 +176,13 @@ def _measure_logits(
         twin = open_twin(during, model, folder, options=options) if gates.low_rank_ratio is not None else None
         reference = during.enter_context(_on_device(model, options.device))
         found, floor = measure(reference, candidate, twin, steps)
-    low_rank = floor.overall() if isinstance(floor, Comparison) else floor
-    return LogitFigures(cases=tuple(found.cases), overall=found.overall(), low_rank=low_rank)
+    return LogitFigures(
+        cases=tuple(found.cases),
+        kinds=found.by_kind(),
+        overall=found.overall(),
+        farthest=max(int(case.step.position_ids.max()) for case in steps),
+        low_rank=floor.overall() if isinstance(floor, Comparison) else floor,
+    )
 
 
 def open_twin(
@@ -245,7 +251,7 @@ def measure(
         expected, caches[0] = reference.step(inputs, caches[0])
         rows = case.visible(expected)
         logits, caches[1] = candidate.step(inputs, caches[1])
-        found.add(case.name, rows, case.visible(logits), labels)
+        found.add(case.name, rows, case.visible(logits), labels, kind=case.kind)
         if twin is None or isinstance(twin, str):
             continue
         try:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pifa_deploy.bisection import Bisection
+from pifa_deploy.bisection import Bisection, bisection_from_json
 from pifa_deploy.checkpoint import read_json_object
 from pifa_deploy.errors import InputMissingError, InputRefusedError
 from pifa_deploy.operator_parity import OperatorFigures
@@ -28,7 +28,7 @@ from pifa_deploy.source_parity import SourceLayer, SourceWeights
 from pifa_deploy.weight_parity import StoredWeights
 
 ARTEFACT = "verify"
-SCHEMA = 1
+SCHEMA = 2
 LEVELS = ("weights", "operators", "logits")
 # Which level measures what a gate limits.
 GATE_LEVELS = {
@@ -49,13 +49,17 @@ class LogitFigures:
 
     Attributes:
         cases: the candidate's figures, case by case.
+        kinds: over all cases of each kind, named by it.
         overall: over all positions.
+        farthest: largest position id that was read.
         low_rank: of the low-rank product in the same dtype and runtime; None for a dense model, or when nobody asked;
             why there is none where it could not be had.
     """
 
     cases: tuple[Difference, ...]
+    kinds: tuple[Difference, ...]
     overall: Difference
+    farthest: int
     low_rank: Difference | str | None
 
     @property
@@ -74,6 +78,7 @@ class Measured:
         source: the checkpoint against what it was made from.
         operators: each PIFA layer alone.
         logits: the model on text.
+        bisection: each part of the graph alone.
         device: where the fp32 reference ran for the logits, and ONNX Runtime.
     """
 
@@ -82,6 +87,7 @@ class Measured:
     source: SourceWeights | None = None
     operators: tuple[OperatorFigures, ...] | None = None
     logits: LogitFigures | None = None
+    bisection: Bisection | None = None
     device: str = "cpu"
 
 
@@ -92,7 +98,6 @@ class VerifyReport:
     measured: Measured
     gates: Gates
     verdict: Verdict
-    bisection: Bisection | None = None
 
     def __bool__(self) -> bool:
         return bool(self.verdict)
@@ -113,6 +118,7 @@ class VerifyReport:
         """Returns the report as JSON values; `report_from_json` reads them back."""
         logits = self.measured.logits
         figures = to_json(logits.cases, logits.overall) if logits else {"cases": [], "overall": None}
+        bisection = self.measured.bisection
         return {
             "artefact": ARTEFACT,
             "schema": SCHEMA,
@@ -120,10 +126,12 @@ class VerifyReport:
             "dtype": self.dtype,
             "device": self.measured.device,
             **figures,
+            "kinds": [json_figures(kind) for kind in logits.kinds] if logits else [],
+            "farthest_position": logits.farthest if logits else None,
             "low_rank": json_figures(logits.floor) if logits and logits.floor else None,
             "low_rank_missing": logits.low_rank if logits and isinstance(logits.low_rank, str) else None,
             "levels": _levels(self.measured),
-            "bisection": self.bisection.to_json() if self.bisection else None,
+            "bisection": bisection.to_json() if bisection else None,
             "gates": asdict(self.gates),
             "decisions": [json_figures(gate) for gate in self.verdict.gates],
         }
@@ -148,17 +156,22 @@ def _levels(measured: Measured) -> dict[str, Any]:
 
 
 def judge_levels(measured: Measured, gates: Gates) -> Verdict:
-    """Decides about everything that was measured: weights, then operators, then logits."""
+    """Decides about everything that was measured: weights, then operators, logits, and parts of a bisection."""
     results: list[GateResult] = []
     if measured.weights:
         results.append(at_most("weights.stored", float(len(measured.weights.differing)), 0.0))
         results.append(at_most("weights.placed", float(len(measured.weights.misplaced)), 0.0))
+        if measured.weights.changed_files is not None:
+            results.append(at_most("weights.files", float(len(measured.weights.changed_files)), 0.0))
     if measured.source:
         results += _judge_source(measured.source, gates)
     if measured.operators and gates.rho is not None:
         results.append(at_most("operators.rho", _largest(module.rho for module in measured.operators), gates.rho))
     if measured.logits:
-        results += judge(measured.logits.overall, gates, low_rank=measured.logits.low_rank).gates
+        logits = measured.logits
+        results += judge(logits.overall, gates, kinds=logits.kinds, low_rank=logits.low_rank).gates
+    if measured.bisection:
+        results += _judge_bisection(measured.bisection)
     return Verdict(gates=tuple(results))
 
 
@@ -172,6 +185,12 @@ def _judge_source(source: SourceWeights, gates: Gates) -> list[GateResult]:
         middle = statistics.median(layer.relative_error for layer in source.layers)
         results.append(at_most("weights.relative_error", middle, gates.relative_error))
     return results
+
+
+def _judge_bisection(found: Bisection) -> list[GateResult]:
+    parts = [at_most("bisection.parts", _largest(part.ratio for part in found.parts), found.limit)]
+    rho = [at_most("bisection.rho", _largest(found.operators.values()), found.rho_limit)] if found.operators else []
+    return [replace(decision, reason=found.first_bad_module()) for decision in (*parts, *rho)]
 
 
 def _largest(values: Any) -> float:
@@ -214,13 +233,15 @@ def _measured(value: Mapping[str, Any]) -> Measured:
         source=source and _source(source),
         operators=None if operators is None else tuple(_operator(module) for module in operators["modules"]),
         logits=logits and _logits(value),
-        device=str(value.get("device", "cpu")),
+        bisection=value["bisection"] and bisection_from_json(value["bisection"]),
+        device=str(value["device"]),
     )
 
 
 def _stored(value: Mapping[str, Any]) -> StoredWeights:
     lists = {name: tuple(map(str, _list(value[name]))) for name in ("differing", "misplaced")}
-    return StoredWeights(tensors=int(value["tensors"]), **lists)
+    files = None if value["changed_files"] is None else tuple(map(str, _list(value["changed_files"])))
+    return StoredWeights(tensors=int(value["tensors"]), **lists, changed_files=files)
 
 
 def _source(value: Mapping[str, Any]) -> SourceWeights:
@@ -236,8 +257,10 @@ def _operator(value: Mapping[str, Any]) -> OperatorFigures:
 def _logits(value: Mapping[str, Any]) -> LogitFigures:
     return LogitFigures(
         cases=tuple(map(difference_from_json, _list(value["cases"]))),
+        kinds=tuple(map(difference_from_json, _list(value["kinds"]))),
         overall=difference_from_json(value["overall"]),
-        low_rank=difference_from_json(value["low_rank"]) if value["low_rank"] else value.get("low_rank_missing"),
+        farthest=int(value["farthest_position"]),
+        low_rank=difference_from_json(value["low_rank"]) if value["low_rank"] else value["low_rank_missing"],
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from pifa_deploy import op_spec
+from pifa_deploy.exported_files import changed_files
 from pifa_deploy.graph_cut import CutGraph
 from pifa_deploy.layer_forms import DENSE, LOW_RANK, STORED
 from pifa_deploy.layouts import low_rank_pair
@@ -36,14 +38,16 @@ class StoredWeights:
         tensors: how many were compared.
         differing: "name: why", for each that is missing, has another type or shape, or another bit.
         misplaced: "node: why", for each PIFA node that takes a tensor of another module, or in another place.
+        changed_files: "file: why", see `changed_files`; None where nothing says what they were.
     """
 
     tensors: int
     differing: tuple[str, ...]
     misplaced: tuple[str, ...]
+    changed_files: tuple[str, ...] | None = None
 
 
-def measure_weights(model: nn.Module, graph: CutGraph) -> StoredWeights:
+def measure_weights(model: nn.Module, graph: CutGraph, *, reference: Path | str | None = None) -> StoredWeights:
     """Compares every tensor of the checkpoint with the initializer of its name, bit for bit.
 
     Exports keep each tensor as the checkpoint has it, behind a Transpose where a product wants it turned, and so there
@@ -53,6 +57,7 @@ def measure_weights(model: nn.Module, graph: CutGraph) -> StoredWeights:
     Args:
         model: the fp32 reference; fp16 and bf16 checkpoints lose nothing by it.
         graph: of the folder.
+        reference: the checkpoint that the folder was exported from, for the files beside the graph.
     """
     reformed = {path: layer for path, layer in factorised_modules(model).items() if _is_reformed(layer, path, graph)}
     expected = _expected(model, graph, reformed)
@@ -72,7 +77,12 @@ def measure_weights(model: nn.Module, graph: CutGraph) -> StoredWeights:
     names = {name for path in reformed for name in _form_tensors(path, graph)}
     differing += [f"{name}: not in the checkpoint" for name in _unknown(graph, seen | names)]
     compared = len(seen) + len(names)
-    return StoredWeights(tensors=compared, differing=tuple(differing), misplaced=tuple(_misplaced(graph)))
+    return StoredWeights(
+        tensors=compared,
+        differing=tuple(differing),
+        misplaced=tuple(_misplaced(graph)),
+        changed_files=changed_files(graph.folder, reference),
+    )
 
 
 def _is_reformed(layer: FactorisedLinear, path: str, graph: CutGraph) -> bool:

@@ -19,18 +19,20 @@ import torch
 from cli_fixtures import Outcome
 
 from pifa_deploy import engine, verification
+from pifa_deploy.decoder_step import Step
 from pifa_deploy.engine_fit import this_machine
-from pifa_deploy.engine_record import read_engine_json
+from pifa_deploy.engine_record import check_origin, read_engine_json
 from pifa_deploy.errors import ExitCode, StageFailedError
 from pifa_deploy.logit_cases import CaseOptions, cases
 from pifa_deploy.low_rank_twin import build_twin_engine, low_rank_twin
 from pifa_deploy.model_folder import load_model
 from pifa_deploy.onnx_export import ExportOptions, export_checkpoint
 from pifa_deploy.onnx_folder import open_folder
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 from pifa_deploy.parity import gates_for, judge
-from pifa_deploy.runners import OnnxRuntimeRunner, Step, TorchRunner
 from pifa_deploy.targets import RTX
-from pifa_deploy.verification import VerifyOptions, check_origin, measure, open_twin, verify_folder
+from pifa_deploy.torch_runner import TorchRunner
+from pifa_deploy.verification import VerifyOptions, measure, open_twin, verify_folder
 from pifa_deploy.verification_report import judge_saved
 
 pytest_plugins = ("cli_plugin",)
@@ -63,16 +65,20 @@ def test_lengths_that_an_engine_was_not_built_for_are_left_out_or_cut() -> None:
     assert options.within(batch=2, tokens=16, past=32) == {
         "prefill_lengths": (1,),
         "padded_lengths": (5, 9),
+        "padded_steps": (7, 1, 1),
         "decode_prompt": 16,
         "decode_steps": 17,
         "window": 16,
+        "context": 48,
     }
     assert options.within(batch=1, tokens=512, past=512) == {
         "prefill_lengths": (1, 17, 128),
         "padded_lengths": (),
+        "padded_steps": (),
         "decode_prompt": 64,
         "decode_steps": 32,
         "window": 512,
+        "context": 1024,
     }
     for step in cases(np.arange(4000), replace(options, **options.within(batch=2, tokens=16, past=32))):
         assert step.step.input_ids.shape[1] <= 16

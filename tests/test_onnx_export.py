@@ -37,7 +37,7 @@ from pifa_deploy.errors import ExitCode, ExportError, InputRefusedError, OutputE
 from pifa_deploy.linear import PifaLinear
 from pifa_deploy.onnx_export import ExportOptions
 from pifa_deploy.onnx_folder import OnnxFolder, node_attributes, open_folder
-from pifa_deploy.runners import OnnxRuntimeRunner
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 
 BIASED = {"attention_bias": True, "mlp_bias": True}
 # (family, configuration, layout and form of the factors; None for a dense model, export options)
@@ -386,6 +386,7 @@ class TestFolder:
             assert manifest["tools"][name] == version(name)
         lines = [f"{name}:{sha256(export.checkpoint / name)}\n" for name in ("config.json", "model.safetensors")]
         assert manifest["source_sha256"] == hashlib.sha256("".join(lines).encode()).hexdigest()
+        assert manifest["files"].keys() == {path.name for path in export.path.iterdir()} - {"pifa.json"}
         for name, entry in manifest["files"].items():
             assert entry == {"bytes": (export.path / name).stat().st_size, "sha256": sha256(export.path / name)}
         assert exported("dense").manifest["modules"] == {}

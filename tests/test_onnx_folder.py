@@ -316,6 +316,20 @@ class TestManifest:
         self.changed(folder, source_sha256=7)
         refused(folder, str(folder / "pifa.json"), "source_sha256 is 7")
 
+    @pytest.mark.parametrize(
+        ("files", "message"),
+        [
+            (7, "files is 7, expected an object"),
+            ({"config.json": "0" * 64}, "files.config.json is '000"),
+            ({"config.json": {"bytes": 1}}, "files.config.json.sha256 is None, expected a value"),
+            ({"config.json": {"bytes": 1, "sha256": "short"}}, "files.config.json.sha256 is 'short'"),
+            ({"config.json": {"bytes": -1, "sha256": "0" * 64}}, "files.config.json.bytes is -1, expected at least 0"),
+        ],
+    )
+    def test_a_malformed_list_of_files_is_refused(self, files: Any, message: str, folder: Path) -> None:
+        self.changed(folder, files=files)
+        refused(folder, f"{folder / 'pifa.json'}: {message}")
+
     @pytest.mark.parametrize("text", ["", "{", "[]", "null", "7", "[" * 100_000])
     def test_anything_but_an_object_is_refused(self, text: str, folder: Path) -> None:
         (folder / "pifa.json").write_text(text)

@@ -28,14 +28,14 @@ from pifa_deploy.parity import (
 
 SOUND = Difference(
     name="overall",
-    positions=100,
+    positions=8192,
     finite=True,
     max_abs=1e-2,
     cosine=0.9999,
     mean_kl=1e-4,
     p999_kl=1e-3,
     top1=0.995,
-    decided=98,
+    decided=8000,
 )
 GATES = Gates(mean_kl=2e-4, top1=0.99, low_rank_ratio=4.0)
 
@@ -136,7 +136,7 @@ def test_another_number_of_positions_is_an_error() -> None:
         Comparison().add("", reference, candidate[:4])
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("side", ["reference", "candidate"])
 def test_one_value_that_is_not_finite_fails_every_gate(side: str, bad: float) -> None:
@@ -154,7 +154,6 @@ def test_one_value_that_is_not_finite_fails_every_gate(side: str, bad: float) ->
         "mean_kl",
         "top1",
         "low_rank_ratio",
-        "low_rank_ratio_p999_kl",
     ]
     assert not judge(overall, Gates(mean_kl=None, top1=None, low_rank_ratio=None))
     written = json.dumps(to_json(comparison.cases, overall), allow_nan=False)
@@ -215,8 +214,33 @@ class TestJudging:
     def test_a_model_without_low_rank_layers_has_no_ratio(self) -> None:
         assert "low_rank_ratio" not in [gate.name for gate in judge(SOUND, GATES).gates]
 
-    def test_no_gates_pass(self) -> None:
-        assert Verdict(gates=())
+    def test_without_any_gate_nothing_is_decided(self) -> None:
+        assert Verdict(gates=()).passed is None
+        assert not Verdict(gates=())
+
+    @pytest.mark.parametrize(("positions", "judged"), [(7999, False), (8000, True)])
+    def test_a_ratio_of_percentiles_takes_thousands_of_positions(self, positions: int, judged: bool) -> None:
+        few, twin = replace(SOUND, positions=positions, p999_kl=1e-2), replace(SOUND, p999_kl=1e-3)
+        verdict = judge(few, GATES, low_rank=twin)
+        assert ("low_rank_ratio_p999_kl" in [gate.name for gate in verdict.failed()]) == judged
+
+    @pytest.mark.parametrize("worst", [3e-4, math.nan])
+    def test_a_kind_of_case_has_the_limit_of_all(self, worst: float) -> None:
+        kinds = [replace(SOUND, name="prefill"), replace(SOUND, name="decode", mean_kl=worst)]
+        (failed,) = judge(SOUND, GATES, kinds=kinds).failed()
+        assert (failed.name, failed.reason, failed.limit) == ("mean_kl_worst_kind", "of decode", 2e-4)
+        assert judge(SOUND, GATES, kinds=[replace(kind, mean_kl=2e-4) for kind in kinds])
+
+
+def test_kinds_are_summed_up_apart() -> None:
+    comparison, parts = Comparison(), [logits(50, 10.0**-power, seed=power) for power in (1, 2, 3)]
+    for kind, part in zip(("a", "b", "a"), parts, strict=True):
+        comparison.add("case", *part, kind=kind)
+    found = {kind.name: kind for kind in comparison.by_kind()}
+    assert {name: kind.positions for name, kind in found.items()} == {"a": 100, "b": 50}
+    values = [kl(*part) for part in parts]
+    assert found["a"].mean_kl == pytest.approx(np.concatenate([values[0], values[2]]).mean(), rel=1e-6)
+    assert found["b"].mean_kl == pytest.approx(values[1].mean(), rel=1e-6)
 
 
 @pytest.mark.parametrize(

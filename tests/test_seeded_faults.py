@@ -23,6 +23,8 @@ LAYER = "model.layers.1"
 SMALL = {"prefill_lengths": (9, 30), "padded_lengths": (5, 16, 11), "decode_prompt": 12, "decode_steps": 8}
 # Enough for shares of a percent: fp16 may decide a near tie otherwise.
 POSITIONS = {"positions": 700, "window": 250}
+# Long sequences of four steps, so that a fault may hide behind a long cache.
+LONG = {"positions": 240, "window": 30, "context": 120}
 TOKENS = 1200
 
 
@@ -206,6 +208,92 @@ def decode_one_position_late(model: ir.Model) -> None:
     model.graph.insert_before(model.graph[0], [length, step, late])
 
 
+def graph_input(model: ir.Model, name: str) -> ir.Value:
+    return next(value for value in model.graph.inputs if value.name == name)
+
+
+def sizes(model: ir.Model) -> tuple[ir.Node, ir.Node]:
+    """Returns nodes that give the number of cached positions and of new tokens, each int64 [1]."""
+    past = ir.node("Shape", [graph_input(model, "past_key_values.0.key")], attributes={"start": 2, "end": 3})
+    return past, ir.node("Shape", [graph_input(model, "input_ids")], attributes={"start": 1, "end": 2})
+
+
+def positions_become(model: ir.Model, nodes: list[ir.Node]) -> None:
+    """Puts what the last node makes in the place of the position ids; the nodes may read them."""
+    positions = graph_input(model, "position_ids")
+    readers = [(node, i) for node, i in positions.uses() if node not in nodes]
+    for node, i in readers:
+        node.replace_input_with(i, nodes[-1].outputs[0])
+    model.graph.insert_before(model.graph[0], nodes)
+
+
+def chunk_one_position_late(model: ir.Model) -> None:
+    """Several tokens behind a cache get the positions of those before them; single tokens do not."""
+    one, (past, new) = constant(model, "fault_one", [1]), sizes(model)
+    cached = ir.node("Min", [past.outputs[0], one])
+    more = ir.node("Sub", [new.outputs[0], one])
+    several = ir.node("Min", [more.outputs[0], one])
+    both = ir.node("Mul", [cached.outputs[0], several.outputs[0]])
+    late = ir.node("Sub", [graph_input(model, "position_ids"), both.outputs[0]])
+    positions_become(model, [past, new, cached, more, several, both, late])
+
+
+def late_behind_a_long_cache(model: ir.Model) -> None:
+    past, _ = sizes(model)
+    reached = ir.node("GreaterOrEqual", [past.outputs[0], constant(model, "fault_reach", [85])])
+    step = ir.node("Cast", [reached.outputs[0]], attributes={"to": int(ir.DataType.INT64)})
+    late = ir.node("Sub", [graph_input(model, "position_ids"), step.outputs[0]])
+    positions_become(model, [past, reached, step, late])
+
+
+def positions_stop_growing(model: ir.Model) -> None:
+    stop = constant(model, "fault_stop", 70)
+    positions_become(model, [ir.node("Min", [graph_input(model, "position_ids"), stop])])
+
+
+def chunk_is_not_causal(model: ir.Model) -> None:
+    """Tokens of one step behind a cache see each other in both directions."""
+    (order,) = [node for node in model.graph if node.op_type == "LessOrEqual"]
+    past, _ = sizes(model)
+    far = ir.node("Mul", [past.outputs[0], constant(model, "fault_far", [100_000])])
+    early = ir.node("Sub", [order.inputs[0], far.outputs[0]])
+    model.graph.insert_before(order, [past, far, early])
+    order.replace_input_with(0, early.outputs[0])
+
+
+def only_the_newest_keys_are_seen(model: ir.Model) -> None:
+    (order,) = [node for node in model.graph if node.op_type == "LessOrEqual"]
+    shifted = ir.node("Add", [order.inputs[0], constant(model, "fault_window", 80)])
+    near = ir.node("Greater", [shifted.outputs[0], order.inputs[1]])
+    both = ir.node("And", [order.outputs[0], near.outputs[0]])
+    for node, i in [(node, i) for node, i in order.outputs[0].uses() if node is not both]:
+        node.replace_input_with(i, both.outputs[0])
+    model.graph.insert_after(order, [shifted, near, both])
+
+
+def padding_is_seen_behind_a_cache(model: ir.Model) -> None:
+    mask, (past, _) = graph_input(model, "attention_mask"), sizes(model)
+    readers = [(node, i) for node, i in mask.uses() if node.op_type != "Shape"]
+    cached = ir.node("Min", [past.outputs[0], constant(model, "fault_one", [1])])
+    ones = ir.node("Max", [mask, cached.outputs[0]])
+    for node, i in readers:
+        node.replace_input_with(i, ones.outputs[0])
+    model.graph.insert_before(model.graph[0], [past, cached, ones])
+
+
+def rows_read_the_cache_of_the_first(model: ir.Model) -> None:
+    start, stop = (constant(model, f"fault_{i}", [i]) for i in (0, 1))
+    for part in ("key", "value"):
+        past = graph_input(model, f"past_key_values.0.{part}")
+        readers = [(node, i) for node, i in past.uses() if node.op_type == "Concat"]
+        first = ir.node("Slice", [past, start, stop, start])
+        shape = ir.node("Shape", [past])
+        rows = ir.node("Expand", [first.outputs[0], shape.outputs[0]])
+        for node, i in readers:
+            node.replace_input_with(i, rows.outputs[0])
+        model.graph.insert_before(model.graph[0], [first, shape, rows])
+
+
 def padding_is_seen(model: ir.Model) -> None:
     mask = next(value for value in model.graph.inputs if value.name == "attention_mask")
     readers = [(node, i) for node, i in mask.uses() if node.op_type != "Shape"]
@@ -270,6 +358,7 @@ class Fault:
     flag: str = "fp16"
 
 
+KIND, PARTS = "mean_kl_worst_kind", "bisection.parts"
 STORED, PLACED, RHO, KL, RATIO = "weights.stored", "weights.placed", "operators.rho", "mean_kl", "low_rank_ratio"
 FAULTS = [
     Fault(edit=exchange_q_and_k, gates=(PLACED, RHO, KL), bad=f"{LAYER}.self_attn.q_proj"),
@@ -291,6 +380,14 @@ FAULTS = [
     Fault(edit=newest_token_is_not_seen, gates=(KL,), bad="model.layers.0.self_attn"),
     Fault(edit=cache_repeats_its_oldest_position, gates=(KL,), bad="model.layers.0.self_attn"),
     Fault(edit=caches_of_two_layers_exchanged, gates=(KL,), bad="model.layers.0.self_attn"),
+    Fault(edit=chunk_one_position_late, gates=(KIND, PARTS), bad="model.layers.0.self_attn"),
+    Fault(edit=chunk_is_not_causal, gates=(KIND, PARTS), bad="model.layers.0.self_attn"),
+    Fault(edit=padding_is_seen_behind_a_cache, gates=(KIND, PARTS), bad="model.layers.0.self_attn"),
+    Fault(edit=rows_read_the_cache_of_the_first, gates=(KIND, PARTS), bad="model.layers.0.self_attn"),
+    # The bisection's prompt is shorter than what these wait for.
+    Fault(edit=late_behind_a_long_cache, gates=(KIND,), bad=""),
+    Fault(edit=positions_stop_growing, gates=(KIND,), bad=""),
+    Fault(edit=only_the_newest_keys_are_seen, gates=(KIND,), bad=""),
     Fault(edit=sums_in_fp16, gates=(RHO, KL, RATIO), bad="model.layers.0.self_attn.q_proj", flag="fp32"),
     Fault(edit=flip_one_bit_of_a_scale, gates=(STORED, RHO, KL), bad=f"{LAYER}.mlp.gate_proj", flag="fp32"),
     Fault(edit=norm_epsilon, gates=(KL,), bad="model.layers.0.self_attn", flag="fp32"),
@@ -302,15 +399,18 @@ def test_a_fault_fails_at_its_level_and_in_its_layer(
     fault: Fault, exported: Any, checkpoint: Path, tmp_path: Path
 ) -> None:
     broken = edited(exported(fault.flag), tmp_path / "broken", fault.edit)
-    report = verify_folder(broken, checkpoint, options_for(tmp_path, bisect=True, positions=0))
+    report = verify_folder(broken, checkpoint, options_for(tmp_path, bisect=True, **LONG))
     assert not report
     failed = {gate.name for gate in report.verdict.failed()}
     assert failed >= set(fault.gates), report.verdict.gates
     # What touches no weight must not be put down to the weights.
     if not set(fault.gates) & {STORED, PLACED}:
         assert not failed & {STORED, PLACED}
-    assert report.bisection is not None
-    assert report.bisection.line().startswith(f"first bad layer: {fault.bad} ("), report.bisection.line()
+    found = report.measured.bisection
+    assert found is not None
+    expected = f"first bad layer: {fault.bad} (" if fault.bad else "every layer replays well"
+    assert found.line().startswith(expected), found.line()
+    assert ("bisection.parts" in failed or "bisection.rho" in failed) == bool(fault.bad)
 
 
 @pytest.mark.parametrize("flag", ["fp32", "fp16"])
@@ -320,6 +420,7 @@ def test_a_clean_export_passes_on_any_text(
 ) -> None:
     report = verify_folder(exported(flag), checkpoint, options_for(tmp_path, seed=seed, bisect=seed == 0))
     assert report, report.verdict.failed()
-    if report.bisection is not None:
-        assert report.bisection.first_bad() is None
-        assert report.bisection.line().startswith("every layer replays well")
+    found = report.measured.bisection
+    if found is not None:
+        assert found.first_bad() is None
+        assert found.line().startswith("every layer replays well")

@@ -29,8 +29,8 @@ from pifa_deploy.logit_cases import CaseOptions, cases
 from pifa_deploy.low_rank_twin import low_rank_twin
 from pifa_deploy.model_folder import load_model
 from pifa_deploy.onnx_folder import open_folder
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 from pifa_deploy.parity import DEFAULT_GATES, Gates
-from pifa_deploy.runners import OnnxRuntimeRunner
 from pifa_deploy.verification import VerifyOptions, verify_folder
 from pifa_deploy.verification_report import judge_saved
 
@@ -41,14 +41,14 @@ SMALL = {
     "decode_steps": 12,
     "positions": 0,
 }
-TOKENS = 60
+TOKENS = 123
 FLAGS = ("fp32", "fp16")
 LAYER = "model.layers.1"
 LOGIT_GATES = [
-    *("finite", "mean_kl", "top1", "p999_kl", "delta_nll"),
-    *("low_rank_ratio", "low_rank_ratio_p999_kl", "low_rank_ratio_delta_nll"),
+    *("finite", "mean_kl", "mean_kl_worst_kind", "top1", "p999_kl", "delta_nll"),
+    *("low_rank_ratio", "low_rank_ratio_delta_nll"),
 ]
-GATE_NAMES = ["weights.stored", "weights.placed", "operators.rho", *LOGIT_GATES]
+GATE_NAMES = ["weights.stored", "weights.placed", "weights.files", "operators.rho", *LOGIT_GATES]
 
 pytest_plugins = ("cli_plugin", "parity_fixtures")
 
@@ -73,7 +73,7 @@ def options(tmp_path: Path) -> VerifyOptions:
     return options_with(tmp_path)
 
 
-def options_with(folder: Path, *, seed: int = 0, count: int = TOKENS, **changes: Any) -> VerifyOptions:
+def options_with(folder: Path, *, seed: int = 1, count: int = TOKENS, **changes: Any) -> VerifyOptions:
     text = folder / f"text {seed}.txt"
     text.write_text(letters(count, seed))
     return VerifyOptions(text=(text,), **(SMALL | changes))
@@ -94,13 +94,19 @@ class TestCleanExport:
     def test_report_is_json_of_every_level(self, exported: Any, checkpoint: Path, options: VerifyOptions) -> None:
         report = verify_folder(exported("fp16"), checkpoint, options)
         written = json.loads(json.dumps(report.to_json(), allow_nan=False))
-        assert [written[key] for key in ("artefact", "schema", "passed", "dtype")] == ["verify", 1, True, "fp16"]
+        assert [written[key] for key in ("artefact", "schema", "passed", "dtype")] == ["verify", 2, True, "fp16"]
         names = [case["name"] for case in written["cases"]]
-        assert names[:5] == ["prefill 1", "prefill 9", "prefill 30", "padded batch 5+16+11", "prompt 12"]
-        assert names[5:] == [f"decode at {past}" for past in range(12, 24)]
+        padded = "padded batch 5+16+11"
+        behind = [f"{padded}, 7 at 16", f"{padded}, 1 at 23", f"{padded}, 1 at 24"]
+        assert names[:8] == ["prefill 1", "prefill 9", "prefill 30", padded, *behind, "prompt 12"]
+        assert names[8:] == [f"decode at {past}" for past in range(12, 24)]
         positions = [case["positions"] for case in written["cases"]]
-        assert positions == [1, 9, 30, 32, 12, *[1] * 12]
-        assert written["overall"]["positions"] == written["overall"]["labelled"] == sum(positions)
+        assert positions == [1, 9, 30, 32, 21, 3, 3, 12, *[1] * 12]
+        kinds = {kind["name"]: kind["positions"] for kind in written["kinds"]}
+        assert kinds == {"prefill": 52, "padded": 32, "padded, cached": 27, "decode": 12}
+        assert written["farthest_position"] == 29
+        assert written["overall"]["positions"] == sum(positions)
+        assert written["overall"]["labelled"] == sum(positions) - 1  # the text ends there
         assert written["gates"] == asdict(DEFAULT_GATES["fp16"])
         assert [(gate["name"], gate["passed"]) for gate in written["decisions"]] == [
             (name, True) for name in GATE_NAMES
@@ -110,6 +116,7 @@ class TestCleanExport:
         modules = written["levels"]["operators"]["modules"]
         assert [module["module"] for module in modules[:2]] == [f"model.layers.0.self_attn.{x}_proj" for x in "qk"]
         assert all(module["positions"] == TOKENS for module in modules)
+        assert written["bisection"] is None
 
     def test_stricter_gates_make_the_report_false(
         self, exported: Any, checkpoint: Path, options: VerifyOptions
@@ -127,7 +134,7 @@ class TestCleanExport:
         assert report
         assert report.logits.low_rank is None
         names = [gate.name for gate in report.verdict.gates]
-        assert names == ["weights.stored", "weights.placed", "finite", "mean_kl"]
+        assert names == ["weights.stored", "weights.placed", "weights.files", "finite", "mean_kl", "mean_kl_worst_kind"]
 
     def test_a_dense_model_is_verified_without_a_twin(self, root: Path, tmp_path: Path) -> None:
         source = save_decoder(dense_decoder(), root / "dense")
@@ -138,14 +145,14 @@ class TestCleanExport:
         assert report, report.verdict.failed()
         assert report.logits.low_rank is None
         assert report.measured.operators == ()
-        assert report.bisection is not None
-        assert report.bisection.first_bad() is None
+        assert report.measured.bisection is not None
+        assert report.measured.bisection.first_bad() is None
 
 
 class TestLevels:
     def test_each_can_be_had_alone(self, exported: Any, checkpoint: Path, options: VerifyOptions) -> None:
         for level, names in {
-            "weights": ["weights.stored", "weights.placed"],
+            "weights": ["weights.stored", "weights.placed", "weights.files"],
             "operators": ["operators.rho"],
             "logits": LOGIT_GATES,
         }.items():
@@ -205,6 +212,19 @@ def test_on_the_command_line_a_clean_export_has_no_bad_layer(
     assert "FAILED operators.rho" in outcome.err
 
 
+@pytest.mark.parametrize(("rho", "limit"), [(0.0, 0.0), (None, 2.0), (3.0, 3.0)])
+def test_a_bisection_has_the_gate_on_rho_as_its_limit(
+    exported: Any, checkpoint: Path, tmp_path: Path, rho: float | None, limit: float
+) -> None:
+    gates = replace(DEFAULT_GATES["fp32"], rho=rho)
+    options = options_with(tmp_path, count=128, bisect=True, levels=("weights",), gates=gates)
+    found = verify_folder(exported("fp32"), checkpoint, options).measured.bisection
+    assert found is not None
+    assert found.rho_limit == limit
+    # Rounded sums are within their bound and never exact in every layer.
+    assert (found.first_bad_operator() is None) == (limit > 0)
+
+
 class TestPlainOps:
     def test_are_verified_layer_by_layer_too(self, exported: Any, checkpoint: Path, tmp_path: Path) -> None:
         report = verify_folder(exported("plain"), checkpoint, options_with(tmp_path, count=128, bisect=True))
@@ -212,8 +232,8 @@ class TestPlainOps:
         assert report.measured.operators is not None
         assert len(report.measured.operators) == 14
         assert max(each.rho for each in report.measured.operators) < 1.5
-        assert report.bisection is not None
-        assert len(report.bisection.parts) == 6
+        assert report.measured.bisection is not None
+        assert len(report.measured.bisection.parts) == 6
 
 
 def test_a_logit_that_is_not_finite_fails_every_gate_of_its_level(
@@ -287,8 +307,8 @@ class TestJudgingAgain:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            (lambda value: value.update(schema=2), r"is artefact 'verify' schema 2, this program judges 'verify'"),
-            (lambda value: value.update(artefact="bench"), r"is artefact 'bench' schema 1"),
+            (lambda value: value.update(schema=1), r"is artefact 'verify' schema 1, this program judges 'verify'"),
+            (lambda value: value.update(artefact="bench"), r"is artefact 'bench' schema 2"),
             (lambda value: value.pop("levels"), "not what .* writes .KeyError: 'levels'"),
             (lambda value: value["levels"].update(operators=3), "not what .* writes .TypeError"),
             (lambda value: value["levels"]["operators"]["modules"][0].update(rho="much"), "not what .* writes"),
@@ -340,9 +360,9 @@ class TestRefusals:
         assert verify_folder(exported("fp32"), tmp_path / "copy", options)
 
     def test_a_text_that_is_too_short_is_refused(self, exported: Any, checkpoint: Path, tmp_path: Path) -> None:
-        with pytest.raises(InputRefusedError, match=r"text 0\.txt: 31 tokens, verification needs 32"):
-            verify_folder(exported("fp32"), checkpoint, options_with(tmp_path, count=31))
-        assert verify_folder(exported("fp32"), checkpoint, options_with(tmp_path, count=32))
+        with pytest.raises(InputRefusedError, match=r"text 1\.txt: 122 tokens, verification needs 123"):
+            verify_folder(exported("fp32"), checkpoint, options_with(tmp_path, count=TOKENS - 1))
+        assert verify_folder(exported("fp32"), checkpoint, options_with(tmp_path, count=TOKENS))
 
     def test_without_onnx_runtime_nothing_is_decided(
         self, exported: Any, checkpoint: Path, options: VerifyOptions, monkeypatch: pytest.MonkeyPatch
@@ -362,29 +382,36 @@ class TestRefusals:
 
 class TestCases:
     def test_padding_stands_on_the_left_and_rows_follow_each_other_in_the_text(self) -> None:
-        ids = np.arange(100, 160)
-        found = {case.name: case for case in cases(ids, CaseOptions(**SMALL))}["padded batch 5+16+11"]
-        starts = (0, 5, 21)
+        ids = np.arange(100, 300)
+        found = {case.name: case for case in cases(ids, CaseOptions(**SMALL))}
+        starts, behind = (140, 154, 179), (7, 1, 1)  # behind the prefills; each row goes on by nine tokens
         for row, (start, length) in enumerate(zip(starts, (5, 16, 11), strict=True)):
-            step = found.step
-            assert step.input_ids[row, 16 - length :].tolist() == ids[start : start + length].tolist()
-            assert step.attention_mask[row].tolist() == [0] * (16 - length) + [1] * length
-            assert step.position_ids[row, 16 - length :].tolist() == list(range(length))
-            assert found.labels[row].tolist() == [-1] * (16 - length) + ids[start + 1 : start + length + 1].tolist()
-        assert found.visible_labels().tolist() == [
-            id + 1 for row in ((100, 105), (105, 121), (121, 132)) for id in range(*row)
-        ]
+            case, past = found["padded batch 5+16+11"], 16
+            assert case.step.input_ids[row, 16 - length :].tolist() == list(range(start, start + length))
+            assert case.step.attention_mask[row].tolist() == [0] * (16 - length) + [1] * length
+            assert case.step.position_ids[row, 16 - length :].tolist() == list(range(length))
+            assert case.labels[row].tolist() == [-1] * (16 - length) + list(range(start + 1, start + length + 1))
+            for tokens in behind:
+                case, first = found[f"padded batch 5+16+11, {tokens} at {past}"], length + past - 16
+                assert case.step.input_ids[row].tolist() == list(range(start + first, start + first + tokens))
+                assert case.step.position_ids[row].tolist() == list(range(first, first + tokens))
+                assert case.step.attention_mask[row].tolist() == [0] * (16 - length) + [1] * (first + tokens)
+                assert case.labels[row].tolist() == list(range(start + first + 1, start + first + tokens + 1))
+                past += tokens
+        labels = found["padded batch 5+16+11"].visible_labels().tolist()
+        assert labels == [*range(141, 146), *range(155, 171), *range(180, 191)]
 
     def test_decode_steps_continue_the_prompt(self) -> None:
-        ids = np.arange(100, 160)
+        ids = np.arange(100, 300)
         found = {case.name: case for case in cases(ids, CaseOptions(**SMALL))}
-        assert found["prompt 12"].step.input_ids.tolist() == [ids[:12].tolist()]
+        first = 100 + 40 + 32 + 27
+        assert found["prompt 12"].step.input_ids.tolist() == [list(range(first, first + 12))]
         for past in range(12, 24):
             step = found[f"decode at {past}"].step
-            assert step.input_ids.tolist() == [[ids[past]]]
+            assert step.input_ids.tolist() == [[first + past]]
             assert step.position_ids.tolist() == [[past]]
             assert step.attention_mask.tolist() == [[1] * (past + 1)]
-            assert found[f"decode at {past}"].labels.tolist() == [[ids[past + 1]]]
+            assert found[f"decode at {past}"].labels.tolist() == [[first + past + 1]]
 
     def test_parts_can_be_left_out(self) -> None:
         options = CaseOptions(prefill_lengths=(4,), padded_lengths=(), decode_steps=0, positions=0)
@@ -392,23 +419,42 @@ class TestCases:
         assert [case.name for case in found] == ["prefill 4"]
         assert found[0].labels.tolist() == [[1, 2, 3, -1]]  # the text ends there
 
-    @pytest.mark.parametrize(("positions", "windows"), [(0, 0), (96, 0), (97, 1), (103, 1), (104, 2), (200, 15)])
-    def test_windows_make_up_the_positions_with_text_of_their_own(self, positions: int, windows: int) -> None:
-        options = CaseOptions(**(SMALL | {"positions": positions, "window": 7}))
+    @pytest.mark.parametrize(
+        ("positions", "steps"),
+        [(0, []), (114, []), (115, [(7,)]), (122, [(4, 1, 1, 1, 7)]), (136, [(7, 4, 1, 1, 1, 7), (7,)])],
+    )
+    def test_long_sequences_make_up_the_positions_and_the_first_decodes_behind_a_long_cache(
+        self, positions: int, steps: list[tuple[int, ...]]
+    ) -> None:
+        changes = {"positions": positions, "window": 7, "context": 21, "decode_steps": 3}
+        assert CaseOptions(**(SMALL | changes)).sequences() == steps
+
+    def test_every_token_is_read_once_and_long_sequences_fill_their_cache(self) -> None:
+        options = CaseOptions(**(SMALL | {"positions": 300, "window": 7, "context": 30}))
         ids = np.arange(options.tokens_needed())
         found = list(cases(ids, options))
-        added = [case for case in found if case.name.startswith("tokens")]
-        assert len(added) == windows
-        read = np.concatenate([case.step.input_ids[0] for case in added]) if added else np.empty(0)
-        assert read.tolist() == list(range(32, 32 + 7 * windows))
-        total = sum(len(case.visible_labels()) for case in found)
-        assert total >= positions
-        assert total == 96 + 7 * windows
+        read = np.concatenate(
+            [case.step.input_ids[case.step.attention_mask[:, case.step.past :] == 1] for case in found]
+        )
+        assert sorted(read.tolist()) == ids.tolist()
+        assert len(read) == sum(len(case.visible_labels()) for case in found) >= 300
+        long = [case.step for case in found if case.name.startswith("tokens")]
+        expected = 0
+        for step in long:
+            assert step.past in (0, expected)
+            assert step.position_ids.tolist() == [list(range(step.past, step.past + step.input_ids.shape[1]))]
+            expected = step.past + step.input_ids.shape[1]
+            assert expected <= 28
+        assert {case.kind for case in found} == {"prefill", "padded", "padded, cached", "decode", "chunk"}
 
-    def test_the_default_compares_8192_positions(self) -> None:
+    def test_the_default_compares_8192_positions_and_as_far_as_2048(self) -> None:
         options = CaseOptions()
         ids = np.zeros(options.tokens_needed(), np.int64)
-        assert 8192 <= sum(len(case.visible_labels()) for case in cases(ids, options)) < 8192 + 512
+        found = list(cases(ids, options))
+        assert 8192 <= sum(len(case.visible_labels()) for case in found) < 8192 + 512
+        assert max(int(case.step.position_ids.max()) for case in found) == 2047
+        assert sum(case.kind == "decode" for case in found) == 64
+        assert options.tokens_needed() <= 8192 + 512
 
 
 class TestLowRankTwin:

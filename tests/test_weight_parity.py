@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import torch
 from decoder_fixtures import dense_decoder, edited, export, factorised_decoder, mixed, save_decoder
 
 from pifa_deploy.errors import InputRefusedError
+from pifa_deploy.exported_files import changed_files
 from pifa_deploy.factorization import factors_from_low_rank
 from pifa_deploy.graph_cut import CutGraph
 from pifa_deploy.layouts import apply_layout, low_rank_pair
@@ -48,14 +52,15 @@ def exported(checkpoint: Path) -> Callable[[str], Path]:
 
 
 def measured(checkpoint: Path, folder: Path) -> StoredWeights:
-    return measure_weights(load_model(checkpoint, dtype=torch.float32), CutGraph(open_folder(folder)))
+    model = load_model(checkpoint, dtype=torch.float32)
+    return measure_weights(model, CutGraph(open_folder(folder)), reference=checkpoint)
 
 
 class TestStored:
     @pytest.mark.parametrize("kind", ["fp16", "bf16 plain", "fp16 auto"])
     def test_a_clean_export_has_every_tensor(self, kind: str, exported: Any, checkpoint: Path) -> None:
         found = measured(checkpoint, exported(kind))
-        assert found == StoredWeights(tensors=found.tensors, differing=(), misplaced=())
+        assert found == StoredWeights(tensors=found.tensors, differing=(), misplaced=(), changed_files=())
         model = load_model(checkpoint, dtype=torch.float32)
         # Every parameter but empty ones and the head, which is the embedding, and the rotary frequencies.
         filled = [name for name, value in model.named_parameters() if value.numel()]
@@ -148,6 +153,69 @@ class TestStored:
             target = edited(exported("fp16"), tmp_path / str(scale), pair(scale))
             found = measured(checkpoint, target).differing
             assert len(found) == expected, found
+
+
+def with_json(file: Path, **fields: Any) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def reverse_ids(folder: Path) -> None:
+    file = folder / "tokenizer.json"
+    value = json.loads(file.read_text())
+    vocabulary = value["model"]["vocab"]
+    value["model"]["vocab"] = dict(zip(vocabulary, reversed(vocabulary.values()), strict=True))
+    file.write_text(json.dumps(value))
+
+
+class TestFilesBesideTheGraph:
+    @pytest.fixture
+    def copy(self, exported: Any, tmp_path: Path) -> Path:
+        return Path(shutil.copytree(exported("fp16"), tmp_path / "copy"))
+
+    @pytest.mark.parametrize(
+        ("change", "expected"),
+        [
+            (reverse_ids, "tokenizer.json: is not as the export wrote it"),
+            (
+                lambda folder: with_json(folder / "config.json", max_position_embeddings=7),
+                "config.json: is not as the export wrote it",
+            ),
+            (
+                lambda folder: with_json(folder / "generation_config.json", eos_token_id=5),
+                "generation_config.json: is not as the export wrote it",
+            ),
+            (lambda folder: (folder / "chat_template.jinja").unlink(), "chat_template.jinja: is not there"),
+            (lambda folder: (folder / "vocab.json").write_text("{}"), "vocab.json: was not there at the export"),
+        ],
+    )
+    def test_one_that_is_not_as_the_export_left_it_is_named(self, change: Any, expected: str, copy: Path) -> None:
+        change(copy)
+        assert changed_files(open_folder(copy)) == (expected,)
+
+    def test_what_is_the_users_is_not_looked_at(self, copy: Path) -> None:
+        (copy / "notes.txt").write_text("mine")
+        with_json(copy / "genai_config.json", search={})
+        assert changed_files(open_folder(copy)) == ()
+
+    def test_without_hashes_the_tokenizer_is_held_against_the_checkpoint(self, copy: Path, checkpoint: Path) -> None:
+        with_json(copy / "pifa.json", files={})
+        folder = open_folder(copy)
+        assert changed_files(folder) is None
+        assert changed_files(folder, "hf:some/model") is None
+        assert changed_files(folder, checkpoint) == ()
+        reverse_ids(copy)
+        assert changed_files(folder, checkpoint) == (f"tokenizer.json: is not as in {checkpoint}",)
+        # transformers wrote what an export from the hub has: a folder of the same model may have other bytes.
+        with_json(copy / "pifa.json", source_sha256=None)
+        assert changed_files(open_folder(copy), checkpoint) is None
+
+    def test_hashes_that_were_changed_too_do_not_help(self, copy: Path, checkpoint: Path) -> None:
+        reverse_ids(copy)
+        files = json.loads((copy / "pifa.json").read_text())["files"]
+        files["tokenizer.json"]["sha256"] = hashlib.sha256((copy / "tokenizer.json").read_bytes()).hexdigest()
+        with_json(copy / "pifa.json", files=files)
+        assert changed_files(open_folder(copy)) == ()
+        assert changed_files(open_folder(copy), checkpoint) == (f"tokenizer.json: is not as in {checkpoint}",)
 
 
 class TestSource:

@@ -14,9 +14,10 @@ from pifa_deploy.errors import ExitCode
 
 if TYPE_CHECKING:
     from pifa_deploy.evaluation_report import EvaluateReport
+    from pifa_deploy.verification import VerifyOptions
     from pifa_deploy.verification_report import LogitFigures, VerifyReport
 
-_COLUMNS = ("case", "positions", "max abs", "1 - cosine", "mean KL", "p99.9 KL", "top-1")
+_COLUMNS = ("cases", "positions", "max abs", "1 - cosine", "mean KL", "p99.9 KL", "top-1")
 _REASONS = 5
 
 
@@ -67,13 +68,29 @@ def verify_command(onnx: Path | None, saved: Path | None, json_path: Path | None
     batch, teacher-forced decode steps through the cache, long prefills. Exit code 1 when a gate fails, 3 when the
     installed ONNX Runtime cannot run the graph or a saved run did not measure what a gate asks for.
     """
-    gates = {name.removeprefix("gate_"): options.pop(name) for name in list(options) if name.startswith("gate_")}
-    asked = {name: value for name, value in gates.items() if value is not None}
+    asked = taken_gates(options)
     if saved is not None:
         return _judge(saved, asked, (onnx, json_path), options)
     if onnx is None or options["reference"] is None:
         raise ValueError("verify needs an ONNX folder and --reference, or --judge and a saved run")
     return _verify(onnx, asked, json_path, options)
+
+
+def taken_gates(flags: dict[str, Any]) -> dict[str, float]:
+    """Takes the limits out of flags; returns those that were given."""
+    gates = {name.removeprefix("gate_"): flags.pop(name) for name in list(flags) if name.startswith("gate_")}
+    return {name: value for name, value in gates.items() if value is not None}
+
+
+def verify_options(flags: dict[str, Any], asked: dict[str, float], dtype: str) -> VerifyOptions:
+    """Returns the options that the command line asks for; limits that were not given are those of the dtype."""
+    from pifa_deploy.parity import gates_for
+    from pifa_deploy.verification import VerifyOptions
+    from pifa_deploy.verification_report import LEVELS
+
+    usual = LEVELS if flags["engine"] is None else ("logits",)
+    others = {name: value for name, value in flags.items() if name not in ("reference", "levels")}
+    return VerifyOptions(levels=tuple(flags["levels"]) or usual, gates=replace(gates_for(dtype), **asked), **others)
 
 
 def _judge(saved: Path, asked: dict[str, float], rest: tuple[Path | None, Path | None], options: dict[str, Any]) -> int:
@@ -89,14 +106,9 @@ def _judge(saved: Path, asked: dict[str, float], rest: tuple[Path | None, Path |
 
 def _verify(onnx: Path, asked: dict[str, float], json_path: Path | None, options: dict[str, Any]) -> int:
     from pifa_deploy.onnx_folder import open_folder
-    from pifa_deploy.parity import gates_for
-    from pifa_deploy.verification import VerifyOptions, verify_folder
-    from pifa_deploy.verification_report import LEVELS
+    from pifa_deploy.verification import verify_folder
 
-    reference, levels = options.pop("reference"), options.pop("levels")
-    gates = replace(gates_for(open_folder(onnx).dtype), **asked)
-    usual = LEVELS if options["engine"] is None else ("logits",)
-    chosen = VerifyOptions(levels=tuple(levels) or usual, gates=gates, **options)
+    reference, chosen = options["reference"], verify_options(options, asked, open_folder(onnx).dtype)
     judged = chosen.engine or onnx
     with console.stage(f"verify {judged}"):
         report = verify_folder(onnx, reference, chosen)
@@ -125,6 +137,7 @@ def _parity_tables(report: VerifyReport) -> Iterator[str]:
     if measured.logits:
         yield _logit_table(measured.logits)
         overall = measured.logits.overall
+        yield f"positions 0 to {measured.logits.farthest} of a sequence; of each case: --json"
         if overall.delta_nll is not None and overall.delta_nll_low is not None:
             interval = f"{console.number(overall.delta_nll_low)} to {console.number(overall.delta_nll_high)}"
             yield f"NLL difference a position: {console.number(overall.delta_nll)}, 95 % interval {interval}"
@@ -136,22 +149,24 @@ def _parity_tables(report: VerifyReport) -> Iterator[str]:
     if measured.operators:
         largest = max(measured.operators, key=lambda module: module.rho)
         yield f"operators: {len(measured.operators)} run alone, largest rho {largest.rho:.3g} in {largest.module}"
-    if report.bisection:
-        rows = [(part.part, part.ratio, part.worst) for part in report.bisection.parts]
+    if measured.bisection:
+        rows = [(part.part, part.ratio, part.worst) for part in measured.bisection.parts]
         yield console.table(("part", "error / rounding noise", "worst output"), rows)
-        yield report.bisection.line()
+        yield measured.bisection.line()
 
 
 def _reasons(report: VerifyReport) -> list[str]:
-    """Returns what is wrong with weights, a few of them."""
+    """Returns what is wrong with weights and files, a few of them; or why nothing was decided."""
     weights, source = report.measured.weights, report.measured.source
-    lines = [*weights.differing, *weights.misplaced] if weights else []
+    if not report.verdict.gates:
+        return ["nothing was decided: no gate is about what these levels found in this model"]
+    lines = [*weights.differing, *weights.misplaced, *(weights.changed_files or ())] if weights else []
     lines += list(source.changed) if source else []
     return lines[:_REASONS] + ([f"and {len(lines) - _REASONS} more"] if len(lines) > _REASONS else [])
 
 
 def _logit_table(logits: LogitFigures) -> str:
-    shown = [*logits.cases, logits.overall]
+    shown = [*logits.kinds, logits.overall]
     if logits.floor:
         shown.append(replace(logits.floor, name="low-rank, same dtype"))
     rows = [
@@ -163,7 +178,9 @@ def _logit_table(logits: LogitFigures) -> str:
 
 @click.command("evaluate")
 @click.argument("checkpoints", nargs=-1, required=True, metavar="[NAME=]CHECKPOINT...")
-@click.option("--text", multiple=True, required=True, help="UTF-8 text, or LABEL=FILE; each is a column of its own.")
+@click.option(
+    "--text", multiple=True, required=True, metavar="[NAME=]FILE", help="UTF-8 text; each is a column of its own."
+)
 @click.option("--context", type=int, default=512, show_default=True, help="Tokens a window.")
 @click.option("--stride", type=int, help="Below the context: overlapping windows that score their last N tokens.")
 @click.option(
@@ -183,7 +200,7 @@ def evaluate_command(
     from pifa_deploy.evaluation import EvaluateOptions
     from pifa_deploy.evaluation_report import evaluate_all
 
-    models = console.named(checkpoints, str)
+    models = console.named(checkpoints, str, option="CHECKPOINT", form="[NAME=]CHECKPOINT")
     report = evaluate_all(models, labelled_texts(text), EvaluateOptions(**options), stage=console.stage)
     if not console.result({**report.to_json(), "command": console.command_line()}, json_path):
         return
@@ -197,18 +214,9 @@ def evaluate_command(
 
 
 def labelled_texts(texts: tuple[str, ...]) -> dict[str, Path]:
-    """Returns label -> file of FILE and LABEL=FILE arguments; raises ValueError for a label that is empty or twice."""
-    found: dict[str, Path] = {}
-    for text in texts:
-        label, equals, file = text.partition("=")
-        path = Path(file if equals else text)
-        label = label if equals else path.stem
-        if not label or not path.name:
-            raise ValueError(f"--text is {text!r}, expected FILE or LABEL=FILE")
-        if label in found:
-            raise ValueError(f"{found[label]} and {path} are both labelled {label!r}; name one as --text LABEL=FILE")
-        found[label] = path
-    return found
+    """Returns name -> file of [NAME=]FILE arguments; raises as `console.named`."""
+    named = console.named(texts, lambda text: Path(text).stem, option="--text", form="[NAME=]FILE")
+    return {name: Path(file) for name, file in named.items()}
 
 
 def _evaluation_table(report: EvaluateReport) -> str:
