@@ -24,7 +24,7 @@ from pifa_deploy import onnx_passes, op_spec
 from pifa_deploy.density import low_rank_rank_for_density, rank_for_density
 from pifa_deploy.latency import Timing, decode_call, prefill_call, side_by_side
 from pifa_deploy.onnx_folder import open_folder
-from pifa_deploy.runners import OnnxRuntimeRunner
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 
 # SmolLM2-135M's linears, a 2048 x 2048 between them, and LLaMA-7B's.
 SHAPES = ((192, 576), (576, 576), (1536, 576), (576, 1536), (2048, 2048), (4096, 4096), (11008, 4096))

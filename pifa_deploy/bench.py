@@ -10,15 +10,16 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from pifa_deploy.bench_report import BenchGates, BenchReport, Case, Row, Size
-from pifa_deploy.contender_bounds import BoundOptions, bounds_ms
+from pifa_deploy.contender_bounds import BoundOptions, bounds_of
+from pifa_deploy.decoder_step import Step, TimedCall
 from pifa_deploy.energy import Meter, counter_meter, joules_per_launch, rail_meter
+from pifa_deploy.engine_record import is_engine
 from pifa_deploy.environment import LoadMeter, this_environment
 from pifa_deploy.gpu_state import GpuState, gpu_processes, gpu_reader
 from pifa_deploy.latency import ClockOptions, Laps, measure
 from pifa_deploy.layer_profile import LayerProfile, check_layers, profile_contenders
-from pifa_deploy.peak_memory import measure_memory
-from pifa_deploy.proof import Proof, prove
-from pifa_deploy.runners import Step, TimedCall
+from pifa_deploy.peak_memory import PeakMemory, measure_memory
+from pifa_deploy.proof import prove
 from pifa_deploy.targets import BACKENDS
 from pifa_deploy.timed_contenders import RunOptions, TimedContender, drawn_step, open_timed
 from pifa_deploy.timing_statistics import speed_up
@@ -107,10 +108,14 @@ def run_bench(places: Mapping[str, str], options: BenchOptions, stage: Stage) ->
         stage: context manager that shows what is under way.
 
     Raises:
-        As `open_timed` and `prove`; ValueError for a name that is no contender, contenders that lack in common what
-        `fixed` says, or gates on engines where there is none.
+        As `open_timed` and `prove`; ValueError as `baseline_of`, and for contenders that lack in common what `fixed`
+        says or gates on engines where there is none.
     """
-    baseline = _baseline(places, options)
+    baseline = baseline_of(tuple(places), options)
+    if options.gates.proof.asked and not any(map(is_engine, places.values())):
+        raise ValueError("--require-precision, --require-plugin and --require-sparse ask about engines; name one")
+    # While nothing is loaded here: each model would be in memory twice.
+    peaks = _peaks(places, options, stage) if options.memory else {}
     seen = gpu_processes()
     with stage(f"load {', '.join(places)}"):
         contenders = tuple(open_timed(name, place, options.run) for name, place in places.items())
@@ -120,18 +125,14 @@ def run_bench(places: Mapping[str, str], options: BenchOptions, stage: Stage) ->
         one.check_sizes(options.prefill, options.decode)
         if options.layers:
             check_layers(one)
-    proofs = _proofs(contenders, options.gates)
+    proofs = {one.name: prove(one.path) for one in contenders if one.runtime in BACKENDS}
     environment = this_environment()
     cases = _cases(contenders, options, stage, seen=seen)
-    memory = {}
-    for one in contenders:
-        with stage(f"memory of {one.name}") if options.memory else contextlib.nullcontext():
-            memory[one.name] = _memory(one, options)
     return BenchReport(
         environment=environment,
         options=options.to_json(),
         contenders=contenders,
-        memory=memory,
+        memory={one.name: _memory(one, peaks.get(one.name)) for one in contenders},
         baseline=baseline,
         fixed=options.fixed,
         cases=cases,
@@ -139,14 +140,6 @@ def run_bench(places: Mapping[str, str], options: BenchOptions, stage: Stage) ->
         layers=_layers(contenders, options, stage) if options.layers else None,
         proofs=proofs,
     )
-
-
-def _proofs(contenders: Sequence[TimedContender], gates: BenchGates) -> dict[str, Proof]:
-    """Returns what each engine among the contenders contains; raises ValueError where gates ask and there is none."""
-    found = {one.name: prove(one.path) for one in contenders if one.runtime in BACKENDS}
-    if gates.proof.asked and not found:
-        raise ValueError("--require-precision, --require-plugin and --require-sparse ask about engines; name one")
-    return found
 
 
 def check_fixed(contenders: Sequence[TimedContender], fixed: str) -> None:
@@ -195,12 +188,15 @@ def _check_rank(contenders: Sequence[TimedContender]) -> None:
                 )
 
 
-def _baseline(places: Mapping[str, str], options: BenchOptions) -> str:
-    names = [options.baseline] if options.baseline is not None else []
-    for name in (*names, *options.gates.speed_up):
-        if name not in places:
-            raise ValueError(f"{name!r} is no contender, expected one of {', '.join(places)}")
-    return names[0] if names else next(iter(places))
+def baseline_of(contenders: Sequence[str], options: BenchOptions) -> str:
+    """Returns whose time speed-ups are relative to; ValueError where it, or one with a gate, is no such contender."""
+    baseline = contenders[0] if options.baseline is None else options.baseline
+    for name in (baseline, *options.gates.speed_up):
+        if name not in contenders:
+            raise ValueError(f"{name!r} is no contender, expected one of {', '.join(contenders)}")
+    if baseline in options.gates.speed_up:
+        raise ValueError(f"a gate asks about {baseline!r}, the baseline, whose speed-up is always 1; ask about another")
+    return baseline
 
 
 @contextlib.contextmanager
@@ -218,14 +214,15 @@ def _cases(
 ) -> tuple[Case, ...]:
     # Bounds first: a figure that nobody publishes is refused before anything is timed.
     tokens = [size.batch * size.tokens for size in options.sizes]
-    bounds = {one.name: bounds_ms(one, tokens, options.bounds) for one in contenders}
+    bounds = {one.name: bounds_of(one, tokens, options.bounds) for one in contenders}
     cases = []
     with _gpu(options, seen) as look:
         for place, size in enumerate(options.sizes):
             with stage(size.label):
                 case = _case(contenders, size, options, look=look)
-            rows = (replace(row, bound_ms=bounds[row.name][place]) for row in case.rows)
-            cases.append(replace(case, rows=tuple(rows)))
+            found = ((row, bounds[row.name]) for row in case.rows)
+            rows = tuple(replace(row, bound_ms=bound.ms[place], unbounded=bound.reason) for row, bound in found)
+            cases.append(replace(case, rows=rows))
     return tuple(cases)
 
 
@@ -282,14 +279,19 @@ def _layers(contenders: Sequence[TimedContender], options: BenchOptions, stage: 
     return profile_contenders(contenders, steps, options.run, stage=stage)
 
 
-def _memory(contender: TimedContender, options: BenchOptions) -> dict[str, int | None]:
+def _peaks(places: Mapping[str, str], options: BenchOptions, stage: Stage) -> dict[str, PeakMemory]:
+    steps = [(size.batch, size.tokens, size.past) for size in options.sizes]
+    found = {}
+    for name, place in places.items():
+        with stage(f"memory of {name}"):
+            found[name] = measure_memory(place, steps, options.run)
+    return found
+
+
+def _memory(contender: TimedContender, peak: PeakMemory | None) -> dict[str, int | None]:
     found: dict[str, int | None] = {
         "weights_bytes": contender.loaded_bytes,
         "activations_bytes": contender.activation_bytes,
         "peak_bytes": None,
     }
-    if options.memory:
-        steps = [(size.batch, size.tokens, size.past) for size in options.sizes]
-        peak = measure_memory(contender.path, steps, options.run)
-        found |= {name: value for name, value in asdict(peak).items() if value is not None}
-    return found
+    return found | {name: value for name, value in (asdict(peak) if peak else {}).items() if value is not None}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from pifa_deploy.case_names import case_name
 from pifa_deploy.environment import Environment, Load
 from pifa_deploy.gpu_state import GpuState, held_down
 from pifa_deploy.latency import Laps
@@ -33,8 +34,7 @@ class Size:
     @property
     def label(self) -> str:
         """What a table is called."""
-        what = f"prefill {self.tokens}" if self.phase == "prefill" else f"decode at {self.past}"
-        return what if self.batch == 1 else f"{what}, batch {self.batch}"
+        return case_name(**asdict(self))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,7 @@ class Row:
         speed_up: baseline latency / this one's, by rounds.
         joules: of one launch, None where nothing measures them.
         bound_ms: least time of the linears, None where nothing was bounded.
+        unbounded: why there is no bound although one was asked for.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Row:
     speed_up: SpeedUp
     joules: float | None = None
     bound_ms: float | None = None
+    unbounded: str | None = None
 
     @property
     def latency(self) -> TimeStatistics:
@@ -88,13 +90,12 @@ class Row:
         return None if self.bound_ms is None else self.bound_ms / (self.gpu_compute or self.latency).median
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the figures as JSON values; inputs and outputs stay on the device, so that copies have no time."""
+        """Returns the figures as JSON values."""
         return {
             "name": self.name,
             "latency_ms": self.latency.to_json(),
             "gpu_compute_ms": self.gpu_compute.to_json() if self.gpu_compute else None,
             "enqueue_ms": self.enqueue.to_json() if self.enqueue else None,
-            **dict.fromkeys(("h2d_ms", "d2h_ms")),
             "tokens_per_s": self.tokens_per_s,
             "joules_per_token": None if self.joules is None else self.joules / self.tokens,
             "speed_up": self.speed_up.to_json(),
@@ -140,7 +141,7 @@ class BenchGates:
 
     Attributes:
         speed_up: contender -> least speed-up in every case; the lower end of the interval has to reach it.
-        max_spread: largest coefficient of variation; decides only where a speed-up is asked for, else it is a warning.
+        max_spread: largest coefficient of variation; decides beside any other gate, else it is a warning.
         proof: what every engine among the contenders must contain.
     """
 
@@ -167,7 +168,7 @@ class Decision:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchReport:
-    """Everything that was measured; true unless a gate failed.
+    """Everything that was measured; true when there are gates and all passed.
 
     Attributes:
         environment: the machine.
@@ -194,7 +195,7 @@ class BenchReport:
     proofs: Mapping[str, Proof] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return self.passed is not False
+        return self.passed is True
 
     @property
     def decisions(self) -> tuple[Decision | ProofDecision, ...]:
@@ -235,7 +236,7 @@ class BenchReport:
 
 
 def judge(cases: tuple[Case, ...], gates: BenchGates) -> tuple[Decision, ...]:
-    """Returns a decision for each case and gate; () where no speed-up was asked for."""
+    """Returns a decision about times for each case and gate; () where nothing but the spread was asked about."""
     found = []
     for case in cases:
         rows = {row.name: row for row in case.rows}
@@ -243,7 +244,7 @@ def judge(cases: tuple[Case, ...], gates: BenchGates) -> tuple[Decision, ...]:
             low = rows[name].speed_up.low
             label = f"{case.size.label}: speed-up of {name}, lower end"
             found.append(Decision(name=label, value=low, limit=limit, passed=low >= limit))
-        if gates.speed_up and gates.max_spread is not None:
+        if (gates.speed_up or gates.proof.asked) and gates.max_spread is not None:
             worst = max(row.cv for row in case.rows)
             label = f"{case.size.label}: largest coefficient of variation"
             found.append(Decision(name=label, value=worst, limit=gates.max_spread, passed=worst <= gates.max_spread))
@@ -251,7 +252,7 @@ def judge(cases: tuple[Case, ...], gates: BenchGates) -> tuple[Decision, ...]:
 
 
 def warnings_of(case: Case, max_spread: float | None) -> tuple[str, ...]:
-    """Returns what makes the times of a case doubtful, in trtexec's manner."""
+    """Returns what makes the times of a case doubtful, in trtexec's manner, and which bounds are missing."""
     found = []
     limit = UNSTABLE_CV if max_spread is None else max_spread
     for row in case.rows:
@@ -263,6 +264,8 @@ def warnings_of(case: Case, max_spread: float | None) -> tuple[str, ...]:
             )
         if row.cv > limit:
             found.append(f"{row.name}: unstable, coefficient of variation {row.cv:.1%}, above {limit:.1%}")
+        if row.unbounded:
+            found.append(f"{row.name}: no bound, {row.unbounded}")
     if len(case.rows[0].laps.rounds) < FEW_ROUNDS:
         found.append(f"{len(case.rows[0].laps.rounds)} rounds: intervals are too narrow below {FEW_ROUNDS}")
     found += _disturbances(case)

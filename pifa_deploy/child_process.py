@@ -7,11 +7,11 @@ import ctypes
 import os
 import signal
 import subprocess
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import IO, Any
+
+from pifa_deploy.deferred_signals import signals_deferred
 
 _PR_SET_PDEATHSIG = 1
 _PARENT = "PIFA_DEPLOY_PARENT"  # in the child's environment: the process that waits for it
@@ -46,7 +46,7 @@ def exit_status(
     """
     child = None
     try:
-        with _interrupts_deferred():
+        with signals_deferred():  # one that cuts `Popen` short leaves a child nobody knows of
             child = subprocess.Popen(
                 command,
                 cwd=cwd,
@@ -84,22 +84,3 @@ def _end(child: subprocess.Popen[Any], grace_s: float) -> None:
         if child.poll() is None:
             child.kill()
             child.wait()
-
-
-@contextlib.contextmanager
-def _interrupts_deferred() -> Iterator[None]:
-    """Lets SIGINT and SIGTERM take effect at the end: one that cuts `Popen` short leaves a child nobody knows of."""
-    came: list[tuple[int, FrameType | None]] = []
-    main = threading.current_thread() is threading.main_thread()
-    found = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)} if main else {}
-    # Signals that are ignored or end the process stay so, in the child too.
-    before = {number: handler for number, handler in found.items() if callable(handler)}
-    for number in before:
-        signal.signal(number, lambda number, frame: came.append((number, frame)))
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    for struck, frame in came:
-        before[signal.Signals(struck)](struck, frame)

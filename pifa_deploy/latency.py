@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
-from pifa_deploy.runners import OnnxRuntimeRunner, Step, TimedCall
+from pifa_deploy.decoder_step import Step, TimedCall
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 
 # What a first launch sets up (allocations, plans, captures) is done after so many, however short the warm-up.
 _WARM_UP_LAUNCHES = 2

@@ -19,10 +19,11 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from pifa_deploy.checkpoint import read_json_object
 from pifa_deploy.contenders import is_onnx, onnx_parameters, runner_logits, tokenizer_place
+from pifa_deploy.decoder_step import Step
 from pifa_deploy.errors import MissingCapabilityError, PifaDeployError
 from pifa_deploy.model_folder import load_model, load_tokenizer, torch_dtype
 from pifa_deploy.onnx_folder import OnnxFolder, open_folder
-from pifa_deploy.runners import OnnxRuntimeRunner, Step
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 
 NAME = "pifa"
 _GENERATION_FILE = "generation_config.json"

@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pifa_deploy.deferred_signals import signals_deferred
 from pifa_deploy.errors import OutputError, OutputExistsError, OutputHeldError
 from pifa_deploy.op_spec import QUANT_METHOD
 
@@ -26,6 +27,7 @@ from pifa_deploy.op_spec import QUANT_METHOD
 ARTEFACT_FILES = {
     "pifa.json": "onnx",
     "engine.json": None,
+    "demo.json": "demo",
     "report.json": "report",
     "sparsity.json": "2:4",
     "tasks.json": "tasks",
@@ -58,20 +60,24 @@ def new_folder(target: Path | str, *, force: bool = False) -> Iterator[Path]:
         OutputError: no space left, or no permission.
     """
     target = Path(os.path.realpath(target))
-    with _writing_errors(target):
+    with writing_errors(target):
         _refuse_existing(target, force)
         target.parent.mkdir(parents=True, exist_ok=True)
-    with _lock(target):
+    with locked(target, target.with_name(f".{target.name}.lock")):
         partial = target.with_name(f".{target.name}.partial")
         try:
-            with _writing_errors(target):
+            with writing_errors(target):
                 _clear_leftovers(target)
                 _refuse_existing(target, force)  # again: another process may have finished since
                 partial.mkdir()
                 yield partial
                 _swap_in(partial, target)
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            try:
+                with signals_deferred():
+                    shutil.rmtree(partial, ignore_errors=True)
+            finally:  # where a signal came before it was deferred
+                shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -82,7 +88,7 @@ def write_text(path: Path | str, text: str) -> None:
     """
     path = Path(os.path.abspath(path))
     partial = _partial_file(path)
-    with _writing_errors(path):
+    with writing_errors(path):
         _refuse_special(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -182,16 +188,30 @@ def _clear_leftovers(target: Path) -> None:
 
 
 @contextmanager
-def _lock(target: Path) -> Iterator[None]:
-    path = target.with_name(f".{target.name}.lock")
-    with _writing_errors(target):
-        descriptor = _locked_file(path, target)
+def locked(target: Path, path: Path) -> Iterator[None]:
+    """Holds the lock file `path`, which says that `target` is being written; a process that dies holds none.
+
+    Raises:
+        OutputHeldError: another process holds it.
+        OutputError: no space left, or no permission.
+    """
+    with writing_errors(target):
+        held = [_locked_file(path, target)]
     try:
         yield
     finally:
+        try:
+            with signals_deferred():
+                _release(path, held)
+        finally:  # where a signal came before it was deferred
+            _release(path, held)
+
+
+def _release(path: Path, held: list[int]) -> None:
+    if held:
         # Removed while still held: who opened it meanwhile finds in `_locked_file` that it is gone.
         path.unlink(missing_ok=True)
-        os.close(descriptor)
+        os.close(held.pop())
 
 
 def _locked_file(path: Path, target: Path) -> int:
@@ -218,7 +238,7 @@ def _stands_at(descriptor: int, path: Path) -> bool:
 
 
 @contextmanager
-def _writing_errors(target: Path) -> Iterator[None]:
+def writing_errors(target: Path) -> Iterator[None]:
     """Turns a failed write into OutputError; an error about a file elsewhere (an input) stays what it is."""
     try:
         yield

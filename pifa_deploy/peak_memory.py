@@ -15,12 +15,14 @@ from typing import IO, Any
 
 import torch
 
+from pifa_deploy import errors
 from pifa_deploy.child_process import end_with_parent, exit_status
-from pifa_deploy.errors import StageFailedError
+from pifa_deploy.errors import PifaDeployError, StageFailedError
 from pifa_deploy.timed_contenders import RunOptions, drawn_step, open_timed
 
 _STATUS = Path("/proc/self/status")
 _RESULT = "PEAK_MEMORY "
+_REFUSED = "PEAK_MEMORY_REFUSED "
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,23 +55,28 @@ def measure_memory(
 
     Raises:
         StageFailedError: the process failed, died or took too long.
+        As `open_timed`, `TimedContender.check_sizes` and `TimedContender.timed`, which it calls.
     """
     request = json.dumps({"place": place, "steps": list(steps), "options": asdict(options)})
     command = [sys.executable, "-m", "pifa_deploy.peak_memory", request]
-    with _new_file() as printed, _new_file() as errors:
+    with _new_file() as printed, _new_file() as complained:
         try:
-            status = exit_status(command, output=printed, errors=errors, timeout_s=timeout_s)
+            status = exit_status(command, output=printed, errors=complained, timeout_s=timeout_s)
         except subprocess.TimeoutExpired:
             raise StageFailedError(
                 f"{place}: measuring its memory took more than {timeout_s:g} s, and was ended"
             ) from None
-        said, complaints = (_whole(stream) for stream in (printed, errors))
+        said, complaints = (_whole(stream) for stream in (printed, complained))
+    for line in said.splitlines():
+        if line.startswith(_REFUSED):
+            name, message = json.loads(line.removeprefix(_REFUSED))
+            raise (ValueError if name == ValueError.__name__ else getattr(errors, name))(message)
     lines = [line for line in said.splitlines() if line.startswith(_RESULT)]
     if status != 0 or not lines:
         last = (complaints.strip().splitlines() or ["no message"])[-1]
         raise StageFailedError(
             f"{place}: the process that measures its memory ended with status {status}: {last[:300]}; "
-            "it may need more memory than there is, leave out --memory"
+            "it may need more memory than there is: give smaller lengths, or time it on a machine that has more"
         )
     return PeakMemory(**json.loads(lines[-1].removeprefix(_RESULT)))
 
@@ -94,6 +101,9 @@ def _main(request: dict[str, Any]) -> PeakMemory:
     on_gpu = options.chosen_device == "cuda" and torch.cuda.is_available()
     libraries, free = _resident("VmRSS"), [torch.cuda.mem_get_info()[0]] if on_gpu else []
     contender = open_timed("child", request["place"], options)
+    contender.check_sizes(
+        [tokens for _, tokens, past in request["steps"] if not past], [past for *_, past in request["steps"] if past]
+    )
     loaded = torch.cuda.memory_allocated() if on_gpu else 0
     for batch, tokens, past in request["steps"]:
         call = contender.timed(drawn_step(tokens, past, batch=batch, vocabulary=contender.vocabulary or 1))
@@ -117,7 +127,17 @@ def _resident(field: str) -> int:
     return status_bytes(_STATUS.read_text(encoding="utf-8"), field) if _STATUS.exists() else 0
 
 
+def _known(error: PifaDeployError | ValueError) -> str:
+    """Returns the name of the nearest class of an error that the process which asked knows too."""
+    return next(
+        kind.__name__ for kind in type(error).__mro__ if kind is ValueError or kind.__module__ == errors.__name__
+    )
+
+
 if __name__ == "__main__":
     end_with_parent(signal.SIGKILL)  # it writes nothing that a clean-up would have to remove
-    result = _main(json.loads(sys.argv[1]))
-    sys.stdout.write(f"{_RESULT}{json.dumps(asdict(result))}\n")
+    try:
+        said = f"{_RESULT}{json.dumps(asdict(_main(json.loads(sys.argv[1]))))}"
+    except (PifaDeployError, ValueError) as error:
+        said = f"{_REFUSED}{json.dumps([_known(error), str(error)])}"
+    sys.stdout.write(f"{said}\n")

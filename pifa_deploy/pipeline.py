@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from pifa_deploy.errors import (
     ExitCode,
     InputMissingError,
     MissingCapabilityError,
+    OutputError,
     OutputExistsError,
     PifaDeployError,
 )
+from pifa_deploy.output_folder import locked, writing_errors
 from pifa_deploy.pipeline_file import PipelineFile
 from pifa_deploy.pipeline_record import JUDGED, STEPS_FILE, StepRecord
 from pifa_deploy.pipeline_report import REPORT
@@ -28,6 +32,7 @@ from pifa_deploy.targets import local_gpus
 
 # A step that is interrupted removes what it had half written.
 _GRACE_S = 30.0
+_LOCK = ".pifa-deploy.lock"
 _NOT_CURRENT = ", which is not there or not up to date"
 _LACKS = "this machine lacks something that it needs; its message is in the log"
 
@@ -41,12 +46,14 @@ class Outcome:
         exit_code: of its process. An optional step that this machine lacks a library for has 3, and so has what would
             need its output.
         kept: whether it was not run because its output was there already.
+        ungated: whether its result is figures that no gate asked about.
         undecided: why nothing that it wrote says what it did not decide, "" where that is not so.
     """
 
     step: Step
     exit_code: int
     kept: bool
+    ungated: bool = False
     undecided: str = ""
 
 
@@ -156,7 +163,8 @@ def _outcome(
     change = None if force or step.reports else record.change(step, command)
     if change is None and not (force or step.reports):
         say(f"kept {step.output}: {step.title}")
-        return Outcome(step=step, exit_code=record.exit_code(step), kept=True)
+        code = record.exit_code(step)
+        return Outcome(step=step, exit_code=code, kept=True, ungated=_ungated(root, step, code))
     if change and (root / step.output).exists():
         say(f"again {step.output}: {change}")
     say(shlex.join(("pifa-deploy", *command)))
@@ -165,7 +173,24 @@ def _outcome(
     lacks = code == ExitCode.NOT_DECIDED and (step.optional or not (root / step.output).exists())
     if not (lacks and step.optional):
         record.add(step, before, code)
-    return Outcome(step=step, exit_code=code, kept=False, undecided=_LACKS if lacks else "")
+    return Outcome(
+        step=step,
+        exit_code=code,
+        kept=False,
+        ungated=_ungated(root, step, code),
+        undecided=_LACKS if lacks else "",
+    )
+
+
+def _ungated(root: Path, step: Step, code: int) -> bool:
+    """Whether no gate asked about what a step found: a bench passes then, and a report is not decided."""
+    if not step.judges or code != (ExitCode.NOT_DECIDED if step.reports else ExitCode.PASSED):
+        return False
+    place, gates = (step.output / REPORT_JSON, "gates") if step.reports else (step.output, "decisions")
+    try:
+        return not json.loads((root / place).read_text(encoding="utf-8"))[gates]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _run(root: Path, step: Step, command: Sequence[str]) -> int:
@@ -185,11 +210,15 @@ def _run(root: Path, step: Step, command: Sequence[str]) -> int:
     return code
 
 
-def verdict(outcomes: Sequence[Outcome]) -> ExitCode:
-    """Returns what a pipeline says: failed when a gate failed, else not decided when one was not, else passed."""
-    codes = {outcome.exit_code for outcome in outcomes if outcome.step.judges or outcome.exit_code}
+def verdict(outcomes: Sequence[Outcome]) -> ExitCode | None:
+    """Returns what a pipeline says: failed when a gate failed, else not decided when one was not, else passed.
+
+    None where nothing had a gate.
+    """
+    asked = [outcome for outcome in outcomes if not outcome.ungated]
+    codes = {outcome.exit_code for outcome in asked if outcome.step.judges or outcome.exit_code}
     if not codes:
-        return ExitCode.NOT_DECIDED
+        return None
     return next((code for code in (ExitCode.GATE_FAILED, ExitCode.NOT_DECIDED) if code in codes), ExitCode.PASSED)
 
 
@@ -215,6 +244,34 @@ def _check_needs(root: Path, steps: Sequence[Step], others: Sequence[Step]) -> N
                     f"{place}: is not there, {step.title} needs it; make it, or bring the folder of --stage cpu here"
                 )
         made.add(step.output)
+
+
+@contextmanager
+def held_output(file: PipelineFile) -> Iterator[None]:
+    """Makes the output folder and keeps other runs out of it; a folder that stays empty is removed.
+
+    The steps of this run need no such lock: they have their own, each of what it makes.
+
+    Raises:
+        OutputHeldError: another run has it.
+        OutputError: it cannot be written.
+    """
+    folder = Path(os.path.realpath(file.path.parent / file.output))
+    with ExitStack() as held:
+        try:
+            if not folder.exists():
+                with writing_errors(folder):
+                    folder.mkdir(parents=True)
+                held.callback(_remove_empty, folder)
+            held.enter_context(locked(folder, folder / _LOCK))
+        except OutputError as error:
+            raise OutputError(f"{file.path}: [output] folder: {error}") from error
+        yield
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def remove_report(file: PipelineFile) -> None:

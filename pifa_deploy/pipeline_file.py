@@ -146,7 +146,7 @@ def read_pipeline(path: Path | str) -> PipelineFile:
     if not path.is_file():
         raise InputMissingError(f"{path}: no such file; docs/ci has an example")
     try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
+        content = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise InputRefusedError(f"{path}: is not TOML ({error}); expected key = value lines under [tables]") from None
     known_keys(content, _TABLES, f"{path}")

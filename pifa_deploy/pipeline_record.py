@@ -18,8 +18,8 @@ from pifa_deploy.plugin_library import find_library
 
 STEPS_FILE = "steps.json"
 JUDGED = (ExitCode.PASSED, ExitCode.GATE_FAILED, ExitCode.NOT_DECIDED)
-_SCHEMA = 2
-_PARTS = {"version": str, "command": list, "files": dict, "machine": dict}
+_SCHEMA = 3
+_PARTS = {"version": str, "command": list, "files": dict, "machine": dict, "result": str}
 
 Made = Mapping[str, Any]
 
@@ -28,7 +28,7 @@ class StepRecord:
     """Output -> what it was made from: version of this program, command, files by content, parts of the machine.
 
     Times of files do not count, since an artefact store or a checkout does not keep them; they only save hashing a
-    file again.
+    file again. That of the inode is among them, because `cp -p`, rsync and tar set the other one as they like.
     """
 
     def __init__(self, root: Path, path: Path, environment: Callable[[], Environment] = this_environment) -> None:
@@ -72,6 +72,8 @@ class StepRecord:
         before = self._steps.get(str(step.output))
         if before is None or not (self._root / step.output).exists():
             return "nothing says what it was made from" if before is None else "it is gone"
+        if before["result"] != self._result(step):
+            return "it is not as it was written"
         now = self.made_from(step, command)
         if before["version"] != now["version"]:
             return f"pifa-deploy {before['version']} made it, this is {now['version']}"
@@ -87,7 +89,7 @@ class StepRecord:
 
     def add(self, step: Step, made: Made, exit_code: int) -> None:
         """Notes what an output was made from."""
-        self._steps[str(step.output)] = {**made, "exit_code": int(exit_code)}
+        self._steps[str(step.output)] = {**made, "result": self._result(step), "exit_code": int(exit_code)}
         self.save()
 
     def save(self) -> None:
@@ -95,6 +97,10 @@ class StepRecord:
         known = {text: found for text, found in self._hashes.items() if (self._root / text).exists()}
         content = {"schema": _SCHEMA, "artefact": "steps", "steps": self._steps, "hashes": known}
         write_json(self._path, content)
+
+    def _result(self, step: Step) -> str:
+        """Returns the hash of an output that is one file, "" for a folder, which those that read it check."""
+        return self._file_sha256(str(step.output)) if (self._root / step.output).is_file() else ""
 
     def _sha256(self, text: str) -> str:
         place = self._root / text
@@ -112,11 +118,12 @@ class StepRecord:
 
     def _file_sha256(self, text: str) -> str:
         path = self._root / text
-        stamp = [path.stat().st_size, path.stat().st_mtime_ns]
+        found = path.stat()
+        stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
         known = self._hashes.get(text)
-        if not isinstance(known, list) or known[:2] != stamp or len(known) != 3:
+        if not isinstance(known, list) or known[:-1] != stamp:
             known = self._hashes[text] = [*stamp, file_sha256(path)]
-        return str(known[2])
+        return str(known[-1])
 
     def _part(self, name: str) -> str:
         machine = self._machine = self._machine or self._environment()

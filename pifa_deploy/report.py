@@ -21,7 +21,7 @@ from pifa_deploy.proof import ProofGates
 from pifa_deploy.report_html import html_page
 from pifa_deploy.report_junit import junit_xml
 from pifa_deploy.report_markdown import markdown
-from pifa_deploy.report_regression import regressions
+from pifa_deploy.report_regression import changes, regressions
 from pifa_deploy.report_schema import REPORT, SCHEMA
 from pifa_deploy.report_stages import KINDS, Source, check_schema, read_json, read_sources
 from pifa_deploy.report_variants import figures_of
@@ -96,7 +96,7 @@ def make_report(options: ReportOptions) -> Json:
         "verdict": verdict_of(gates),
         "gates": gates,
         "figures": figures,
-        "changes": changes(before["figures"], figures) if before else [],
+        "changes": changes(before, figures, stages) if before else [],
         "stages": stages,
     }
     validate(report, REPORT, "report")
@@ -149,11 +149,10 @@ def _unexplained(kind: str, content: Json, decisions: Sequence[Json]) -> list[Js
     """Returns what a stage says of itself that its decisions do not: a failure, or a verification without a verdict."""
     told = [decision["passed"] for decision in decisions]
     verdict = content.get("passed", True)
-    reason = content.get("reason")
     if verdict is False and False not in told:
-        reason = reason or "the stage says that it failed"
+        reason = "the stage says that it failed"
     elif verdict is None and kind == "verify" and None not in told:
-        reason = reason or "the stage decided nothing"
+        reason = "the stage decided nothing"
     else:
         return []
     return [{"name": kind, "value": None, "limit": None, "passed": verdict, "reason": reason}]
@@ -165,16 +164,3 @@ def verdict_of(gates: Sequence[Json]) -> str:
     if False in results:
         return "failed"
     return "passed" if results and None not in results else "not decided"
-
-
-def changes(before: Sequence[Json], now: Sequence[Json]) -> list[Json]:
-    """Returns the figures that both reports have, each with both values."""
-    former = {(figure["variant"], figure["figure"], figure["unit"]): figure["value"] for figure in before}
-    found = []
-    for figure in now:
-        key = (figure["variant"], figure["figure"], figure["unit"])
-        if key in former:
-            found.append(
-                dict(zip(("variant", "figure", "unit"), key, strict=True), before=former[key], now=figure["value"])
-            )
-    return found

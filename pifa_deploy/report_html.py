@@ -151,7 +151,7 @@ def _speed_ups(report: Json, variants: list[Variant]) -> list[Figure]:
         bars = []
         for variant in variants:
             timing = variant.times.get(name)
-            if timing and timing.speed_up and not timing.baseline:
+            if timing and not timing.baseline:
                 bars.append(Bar(name=variant.contender, family=variant.family, estimate=timing.speed_up))
         if bars:
             svg = ranges(bars, title=f"Speed-up, {name}", x_label="times faster than the baseline", reference=1.0)

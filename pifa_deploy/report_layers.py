@@ -9,12 +9,6 @@ from typing import Any
 from pifa_deploy.report_plots import heat_map
 
 _PLACE = re.compile(r"(?:^|.*\.)(\d+)\.(?:.*\.)?([^.]+)")
-# Names under which a verification may state the error of a module, with what they mean.
-_ERRORS = {
-    "rho": "error / expected rounding",
-    "weight_error": "relative error of the weight",
-    "relative_error": "relative error",
-}
 Json = Mapping[str, Any]
 Cells = dict[tuple[int, str], float]
 
@@ -25,24 +19,22 @@ def layer_maps(stages: Mapping[str, Sequence[Json]]) -> Iterator[tuple[str, str]
         ranks = {name: int(spec["rank"]) for name, spec in entry["content"]["modules"].items()}
         yield from _map(f"{entry['label']}: rank", ranks)
     for entry in stages["verify"]:
-        for title, errors in module_errors(entry["content"].get("levels")):
+        for title, errors in module_errors(entry["content"]["levels"]):
             yield from _map(f"{entry['label']}: {title}", errors, log=True)
 
 
-def module_errors(levels: Any) -> Iterator[tuple[str, dict[str, float]]]:
-    """Yields (what, module -> error) of the levels of a verification that state one for each module."""
-    for content in levels.values() if isinstance(levels, Mapping) else ():
-        rows = content.get("modules") or content.get("layers") if isinstance(content, Mapping) else None
-        if isinstance(rows, Mapping):
-            rows = [{"name": name, **row} for name, row in rows.items() if isinstance(row, Mapping)]
-        for field, meaning in _ERRORS.items():
-            found = {
-                str(row.get("name", row.get("module"))): float(row[field])
-                for row in (rows if isinstance(rows, list) else ())
-                if isinstance(row, Mapping) and isinstance(row.get(field), int | float)
-            }
-            if found:
-                yield meaning, found
+def module_errors(levels: Json) -> Iterator[tuple[str, dict[str, float]]]:
+    """Yields (what, module -> error) of the levels of a verification that state one for each module.
+
+    What is not finite, null in the file, is left out: no shade says it.
+    """
+    weights, operators = levels["weights"], levels["operators"]
+    source = weights["source"] if weights else None
+    for title, rows, field in (
+        ("relative error of the weight", source["layers"] if source else (), "relative_error"),
+        ("error / expected rounding", operators["modules"] if operators else (), "rho"),
+    ):
+        yield title, {row["module"]: row[field] for row in rows if row[field] is not None}
 
 
 def _map(title: str, values: Mapping[str, float], *, log: bool = False) -> Iterator[tuple[str, str]]:

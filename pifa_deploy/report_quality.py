@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 
 from pifa_deploy.report_numbers import interval, number, percent, plain
 from pifa_deploy.report_tables import MARKS, Json, Table
@@ -28,7 +27,7 @@ def perplexity_table(report: Json) -> Table:
 def tasks_tables(report: Json) -> list[Table]:
     """Returns one table a comparison: its tasks, and all of them together where they are several."""
     tables = []
-    for entry in report["stages"].get("tasks", ()):
+    for entry in report["stages"]["tasks"]:
         content = entry["content"]
         results = {decision["name"]: MARKS[decision["passed"]] for decision in content["decisions"]}
         shown = [*content["tasks"], *([content["overall"]] if len(content["tasks"]) > 1 else [])]
@@ -66,8 +65,8 @@ def parity_tables(report: Json) -> list[Table]:
     tables = []
     for entry in report["stages"]["verify"]:
         content = entry["content"]
-        shown = [*content.get("cases", ()), content.get("overall"), content.get("low_rank")]
-        names = [each["name"] for each in content.get("cases", ())] + ["overall", "low-rank pair, same dtype"]
+        shown = [*content["cases"], content["overall"], content["low_rank"]]
+        names = [each["name"] for each in content["cases"]] + ["overall", "low-rank pair, same dtype"]
         rows = tuple(
             (
                 name,
@@ -89,16 +88,15 @@ def parity_tables(report: Json) -> list[Table]:
 
 def _bisected(content: Json) -> str:
     """Returns where a failed verification found the first wrong part."""
-    found = content.get("bisection")
-    line = found.get("line") if isinstance(found, Mapping) else None
-    return str(line) if line and content["passed"] is False else ""
+    found = content["bisection"]
+    return str(found["line"]) if found and content["passed"] is False else ""
 
 
 def _with_ends(figures: Json, name: str) -> Estimate | None:
     """Returns a figure and, where they are stated, the ends of its interval."""
-    if figures.get(name) is None:
+    if figures[name] is None:
         return None
-    return Estimate(value=figures[name], low=figures.get(f"{name}_low"), high=figures.get(f"{name}_high"))
+    return Estimate(value=figures[name], low=figures[f"{name}_low"], high=figures[f"{name}_high"])
 
 
 def _merged(rows: tuple[tuple[str, ...], ...], most: int = 6) -> tuple[tuple[str, ...], ...]:

@@ -9,6 +9,8 @@ Json = dict[str, Any]
 
 # Only comparable where both reports were measured on the same machine; speed-ups are comparable anywhere.
 _OF_A_MACHINE = ("ms", "J/token")
+# What two reports call the same figure.
+_KEY = ("variant", "figure", "unit")
 # Rounding noise: its size is judged by the gates of parity, and its changes mean nothing.
 _NOISE = ("nats",)
 
@@ -17,7 +19,7 @@ def machine_of(stages: Mapping[str, Sequence[Json]]) -> tuple[str, ...]:
     """Returns what the benches of a report say of their machines: processor and GPUs."""
     found = []
     for entry in stages["bench"]:
-        environment = entry["content"].get("environment") or {}
+        environment = entry["content"]["environment"]
         found.append(f"{environment.get('cpu')}, {environment.get('gpus')}")
     return tuple(sorted(set(found)))
 
@@ -25,7 +27,7 @@ def machine_of(stages: Mapping[str, Sequence[Json]]) -> tuple[str, ...]:
 def regressions(
     before: Json, figures: Sequence[Json], stages: Mapping[str, Sequence[Json]], limit: float
 ) -> list[Json]:
-    """Returns a decision for every figure of the earlier report that can be held against this one.
+    """Returns a decision for every figure of the earlier report that can be held against this one, at least one.
 
     Args:
         before: the earlier report.
@@ -35,9 +37,9 @@ def regressions(
     """
     now = {_key(figure): figure["value"] for figure in figures}
     same_machine = machine_of(before["stages"]) == machine_of(stages)
-    decisions = []
+    decisions: list[Json] = []
     for figure in before["figures"]:
-        if figure["unit"] in _NOISE or (figure["unit"] in _OF_A_MACHINE and not same_machine):
+        if figure["unit"] in _NOISE or not comparable(figure, same_machine=same_machine):
             continue
         name = f"{figure['variant']}: {figure['figure']}, relative worsening"
         found = now.get(_key(figure))
@@ -47,7 +49,19 @@ def regressions(
             continue
         worse = worsening(figure["value"], found, better=figure["better"])
         decisions.append({"name": name, "value": worse, "limit": limit, "passed": worse <= limit, "reason": None})
+    if not decisions:
+        reason = "the earlier report has nothing to compare with" + (
+            "" if same_machine else ": times of another machine are not judged"
+        )
+        decisions.append(
+            {"name": "relative worsening", "value": None, "limit": limit, "passed": None, "reason": reason}
+        )
     return decisions
+
+
+def comparable(figure: Json, *, same_machine: bool) -> bool:
+    """Whether a figure says the same in two reports."""
+    return same_machine or figure["unit"] not in _OF_A_MACHINE
 
 
 def worsening(before: float, now: float, *, better: str) -> float:
@@ -61,5 +75,21 @@ def worsening(before: float, now: float, *, better: str) -> float:
     return 1.0 if change > 0 else 0.0
 
 
-def _key(figure: Json) -> tuple[str, str, str]:
-    return figure["variant"], figure["figure"], figure["unit"]
+def changes(before: Json, figures: Sequence[Json], stages: Mapping[str, Sequence[Json]]) -> list[Json]:
+    """Returns the figures that two reports both have, each with both values; arguments as of `regressions`."""
+    former = {_key(figure): figure["value"] for figure in before["figures"]}
+    same_machine = machine_of(before["stages"]) == machine_of(stages)
+    return [
+        {
+            **{name: figure[name] for name in _KEY},
+            "before": former[_key(figure)],
+            "now": figure["value"],
+            "comparable": comparable(figure, same_machine=same_machine),
+        }
+        for figure in figures
+        if _key(figure) in former
+    ]
+
+
+def _key(figure: Json) -> tuple[str, ...]:
+    return tuple(figure[name] for name in _KEY)

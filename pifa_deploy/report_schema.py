@@ -19,40 +19,63 @@ SCALAR = One(type="scalar", null=True)
 DECISION = Fields(
     required={"name": TEXT, "value": SCALAR, "limit": SCALAR, "passed": DECIDED}, optional={"reason": TEXT_OR_NULL}
 )
-_CASE_FIGURES = ("max_abs", "cosine", "mean_kl", "p999_kl", "top1")
-PARITY = Fields(
-    required={"name": TEXT, "positions": COUNT, **dict.fromkeys(_CASE_FIGURES, NUMBER_OR_NULL)},
-    optional=dict.fromkeys(("delta_nll", "delta_nll_low", "delta_nll_high"), NUMBER_OR_NULL),
+_CASE_FIGURES = (
+    *("max_abs", "cosine", "mean_kl", "p999_kl", "top1"),
+    *("delta_nll", "delta_nll_low", "delta_nll_high"),
 )
-PARITY_OR_NULL = Fields(required=PARITY.required, optional=PARITY.optional, null=True)
+PARITY = Fields(required={"name": TEXT, "positions": COUNT, **dict.fromkeys(_CASE_FIGURES, NUMBER_OR_NULL)})
+PARITY_OR_NULL = Fields(required=PARITY.required, null=True)
+# A level that was not asked for is null, and so is a figure that is not finite.
+SOURCE = Fields(
+    required={"layers": Many(item=Fields(required={"module": TEXT, "relative_error": NUMBER_OR_NULL}))}, null=True
+)
+OPERATORS = Fields(required={"modules": Many(item=Fields(required={"module": TEXT, "rho": NUMBER_OR_NULL}))}, null=True)
+LEVELS = Fields(
+    required={
+        "weights": Fields(required={"source": SOURCE}, null=True),
+        "operators": OPERATORS,
+        "logits": Fields(null=True),
+    }
+)
 VERIFY = Fields(
     required={
+        "artefact": One(type="string", values=("verify",)),
+        "schema": One(type="integer", values=(2,)),
         "dtype": TEXT,
         "passed": DECIDED,
         "decisions": Many(item=DECISION),
-    },
-    optional={
-        "schema": COUNT,
-        "command": TEXT_OR_NULL,
         "low_rank": PARITY_OR_NULL,
-        "cases": Many(item=PARITY),
+        **dict.fromkeys(("cases", "kinds"), Many(item=PARITY)),
         "overall": PARITY_OR_NULL,
-        "levels": ANY,
+        "levels": LEVELS,
+        "bisection": Fields(required={"line": TEXT}, null=True),
     },
+    optional={"command": TEXT_OR_NULL},
 )
 STATISTICS = ("min", "max", "mean", "median", "p90", "p95", "p99", "cv")
 TIMES = Fields(required=dict.fromkeys(STATISTICS, NUMBER))
 TIMES_OR_NULL = Fields(required=TIMES.required, null=True)
-SPEED_UP = Fields(required=dict.fromkeys(("median", "low", "high", "confidence"), NUMBER), null=True)
+SPEED_UP = Fields(required=dict.fromkeys(("median", "low", "high", "confidence"), NUMBER))
 ROW = Fields(
-    required={"name": TEXT, "latency_ms": TIMES},
-    optional={
-        **dict.fromkeys(("gpu_compute_ms", "enqueue_ms", "h2d_ms", "d2h_ms"), TIMES_OR_NULL),
-        **dict.fromkeys(("tokens_per_s", "joules_per_token", "bound_ms", "bound_fraction"), NUMBER_OR_NULL),
+    required={
+        "name": TEXT,
+        "latency_ms": TIMES,
+        **dict.fromkeys(("gpu_compute_ms", "enqueue_ms"), TIMES_OR_NULL),
+        "tokens_per_s": NUMBER,
+        **dict.fromkeys(("joules_per_token", "bound_ms", "bound_fraction"), NUMBER_OR_NULL),
         "speed_up": SPEED_UP,
-        "samples_ms": Many(item=NUMBER),
-        "round_ms": Many(item=NUMBER),
-    },
+        **dict.fromkeys(("samples_ms", "round_ms"), Many(item=NUMBER)),
+    }
+)
+PROOF = Fields(
+    required={
+        "source": TEXT,
+        **dict.fromkeys(("layers", "plugin_layers", "fused_layers", "plugin_modules"), COUNT),
+        **dict.fromkeys(("precisions", "matrix_precisions"), Named(value=COUNT)),
+        **dict.fromkeys(("modules", "sparse_eligible", "sparse_picked"), One(type="integer", null=True)),
+        "sparse_allowed": One(type="boolean"),
+        "sparse_label": TEXT_OR_NULL,
+    }
 )
 BENCH = Fields(
     required={
@@ -60,11 +83,11 @@ BENCH = Fields(
         "schema": One(type="integer", values=(1,)),
         "contenders": Many(
             item=Fields(
-                required={"name": TEXT, "kind": TEXT},
-                optional={
-                    **dict.fromkeys(("path", "runtime", "device", "dtype"), TEXT_OR_NULL),
+                required={
+                    **dict.fromkeys(("name", "path", "kind", "runtime", "device", "dtype"), TEXT),
                     **dict.fromkeys(("weight_bytes", "parameters", "density"), NUMBER_OR_NULL),
-                    "memory": Fields(null=True),
+                    "memory": Fields(required={"peak_bytes": NUMBER_OR_NULL}),
+                    "proof": Fields(required=PROOF.required, null=True),
                 },
             )
         ),
@@ -77,15 +100,12 @@ BENCH = Fields(
                     "tokens": COUNT,
                     "past": COUNT,
                     "rows": Many(item=ROW),
+                    "warnings": Many(item=TEXT),
                 },
-                optional={"warnings": Many(item=TEXT)},
             )
         ),
-    },
-    optional={
         "environment": Named(value=ANY),
         "options": Named(value=ANY),
-        "command": TEXT_OR_NULL,
         "fixed": TEXT_OR_NULL,
         "decisions": Many(item=DECISION),
         "passed": DECIDED,
@@ -95,11 +115,12 @@ BENCH = Fields(
                     "case": TEXT,
                     "rest_us": Named(value=NUMBER),
                     "modules": Many(item=Fields(required={"name": TEXT, "times_us": Named(value=NUMBER)})),
+                    "warnings": Many(item=TEXT),
                 },
-                optional={"warnings": Many(item=TEXT)},
             )
         ),
     },
+    optional={"command": TEXT_OR_NULL},
 )
 _SCORE_FIGURES = (
     "perplexity",
@@ -116,18 +137,15 @@ EVALUATE = Fields(
         "rows": Many(
             item=Fields(
                 required={
-                    "checkpoint": TEXT,
-                    "kind": TEXT,
-                    "texts": Named(value=Fields(required=dict.fromkeys(_SCORE_FIGURES, NUMBER_OR_NULL))),
-                },
-                optional={
-                    **dict.fromkeys(("name", "runtime", "device", "dtype"), TEXT_OR_NULL),
+                    **dict.fromkeys(("name", "checkpoint", "kind", "runtime", "device", "dtype"), TEXT),
                     **dict.fromkeys(("parameters", "weight_bytes", "tokens_per_second"), NUMBER_OR_NULL),
+                    "texts": Named(value=Fields(required=dict.fromkeys(_SCORE_FIGURES, NUMBER_OR_NULL))),
                 },
             )
         ),
+        "options": Named(value=ANY),
     },
-    optional={"options": Named(value=ANY), "command": TEXT_OR_NULL, "decisions": Many(item=DECISION)},
+    optional={"command": TEXT_OR_NULL},
 )
 PAIRED = Fields(
     required={
@@ -149,12 +167,20 @@ TASKS = Fields(
     optional={"command": TEXT_OR_NULL},
 )
 ENGINE = Fields(
-    required={"backend": TEXT, "version": TEXT, "bytes": COUNT, "compute_capabilities": Many(item=TEXT)},
-    optional={"proof": Named(value=ANY), "decisions": Many(item=DECISION)},
+    required={
+        **dict.fromkeys(("backend", "version"), TEXT),
+        "bytes": COUNT,
+        "compute_capabilities": Many(item=TEXT),
+        "proof": PROOF,
+        "decisions": Many(item=DECISION),
+    }
 )
 CHECKPOINT = Fields(
-    required={"modules": Named(value=Fields(required={"rank": COUNT, "in_features": COUNT, "out_features": COUNT}))},
-    optional={"density": NUMBER_OR_NULL, "source": TEXT_OR_NULL},
+    required={
+        "modules": Named(value=Fields(required=dict.fromkeys(("rank", "in_features", "out_features"), COUNT))),
+        "density": NUMBER_OR_NULL,
+        "source": TEXT_OR_NULL,
+    }
 )
 CONTENTS: Mapping[str, Fields] = {
     "verify": VERIFY,
@@ -165,8 +191,6 @@ CONTENTS: Mapping[str, Fields] = {
     "checkpoint": CHECKPOINT,
 }
 STAGES = {kind: Many(item=Fields(required={"label": TEXT, "content": shape})) for kind, shape in CONTENTS.items()}
-# Reports of this schema were written before there were such stages.
-_LATER = ("tasks",)
 FIGURE = {"variant": TEXT, "figure": TEXT, "value": NUMBER, "unit": TEXT, "better": One(values=("lower", "higher"))}
 REPORT = Fields(
     required={
@@ -182,12 +206,12 @@ REPORT = Fields(
         ),
         "figures": Many(item=Fields(required=FIGURE)),
         "changes": Many(
-            item=Fields(required={"variant": TEXT, "figure": TEXT, "unit": TEXT, "before": NUMBER, "now": NUMBER})
+            item=Fields(
+                required={"variant": TEXT, "figure": TEXT, "unit": TEXT, "before": NUMBER, "now": NUMBER},
+                optional={"comparable": One(type="boolean")},
+            )
         ),
-        "stages": Fields(
-            required={kind: shape for kind, shape in STAGES.items() if kind not in _LATER},
-            optional={kind: STAGES[kind] for kind in _LATER},
-        ),
+        "stages": Fields(required=STAGES),
     }
 )
 

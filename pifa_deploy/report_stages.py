@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pifa_deploy.case_names import case_name_of
 from pifa_deploy.checkpoint import is_checkpoint, validate
 from pifa_deploy.engine_record import ENGINE_JSON, read_engine_json
 from pifa_deploy.errors import InputMissingError, InputRefusedError
@@ -17,14 +18,14 @@ from pifa_deploy.proof import Proof, ProofDecision, ProofGates, judge_proofs, pr
 from pifa_deploy.report_schema import CONTENTS
 
 KINDS = tuple(CONTENTS)
+# What a stage writes, and the schema that is read.
 _ARTEFACTS = {
-    "verify": (None, "verify", "verification"),
-    "bench": ("bench",),
-    "evaluate": ("evaluation",),
-    "tasks": ("compare-tasks",),
+    "verify": ("verify", 2),
+    "bench": ("bench", 1),
+    "evaluate": ("evaluation", 1),
+    "tasks": ("compare-tasks", 1),
 }
 _WRITERS = {**{kind: f"{kind} --json" for kind in ("verify", "bench", "evaluate")}, "tasks": "compare-tasks --json"}
-_SCHEMA = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,16 +78,18 @@ def read_sources(sources: Sequence[Source], gates: ProofGates) -> dict[str, list
 
 def _stage_result(source: Source) -> dict[str, Any]:
     content = read_json(source.path, f"give what `pifa-deploy {_WRITERS[source.kind]}` wrote")
-    artefact, schema = content.get("artefact"), content.get("schema", _SCHEMA)
-    if artefact not in _ARTEFACTS[source.kind]:
+    artefact = content.get("artefact")
+    expected, schema = _ARTEFACTS[source.kind]
+    if artefact != expected:
         raise InputRefusedError(
-            f"{source.path}: artefact is {artefact!r}, expected {_ARTEFACTS[source.kind][-1]!r}; give what "
+            f"{source.path}: artefact is {artefact!r}, expected {expected!r}; give what "
             f"`pifa-deploy {_WRITERS[source.kind]}` wrote"
         )
-    check_schema(schema, _SCHEMA, source.path)
+    check_schema(content.get("schema"), schema, source.path)
     validate_shape(content, CONTENTS[source.kind], f"{source.path}: {source.kind}")
     if source.kind == "bench":
         _check_names(content, source.path)
+        _check_cases(content, source.path)
     return content
 
 
@@ -130,6 +133,24 @@ def _check_names(bench: Mapping[str, Any], path: Path) -> None:
         raise InputRefusedError(
             f"{path}: contenders are {names}, rows or baseline name {strange or 'one of them twice'}; run bench again"
         )
+
+
+def _check_cases(bench: Mapping[str, Any], path: Path) -> None:
+    """Raises InputRefusedError for a profile of no case, or for rounds that contenders do not share."""
+    names = [case_name_of(case) for case in bench["cases"]]
+    strange = [profile["case"] for profile in bench["layers"] if profile["case"] not in names]
+    if strange:
+        raise InputRefusedError(
+            f"{path}: profiles are of {strange}, which is none of its {len(names)} cases; run bench again"
+        )
+    for name, case in zip(names, bench["cases"], strict=True):
+        rounds = [row["round_ms"] for row in case["rows"]]
+        counts = sorted(set(map(len, rounds)))
+        if len(counts) != 1 or counts[0] < 2 or min(map(min, rounds)) <= 0:
+            raise InputRefusedError(
+                f"{path}: rows of {name} have {counts} times of rounds, expected as many in each, 2 or more, all above "
+                "0; run bench again"
+            )
 
 
 def _engine(path: Path, proof: Proof, decisions: Sequence[ProofDecision]) -> dict[str, Any]:

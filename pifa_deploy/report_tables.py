@@ -10,11 +10,11 @@ from typing import Any
 
 from pifa_deploy.report_numbers import counts, interval, millions, number, percent, plain
 from pifa_deploy.report_variants import (
-    Estimate,
     Variant,
     against_faster,
     cases_of,
     main_cases,
+    stated_speed_up,
     texts_of,
     variants_of,
 )
@@ -120,7 +120,7 @@ def figures_table(report: Json) -> Table:
     stages = report["stages"]
     texts, cases = texts_of(stages), main_cases(stages).values()
     variants = variants_of(stages)
-    peaks = [(variant.facts.get("memory") or {}).get("peak_bytes") for variant in variants]
+    peaks = [variant.facts.get("memory", {}).get("peak_bytes") for variant in variants]
     columns = ["variant", "kind", "density", "weights MB", *(["peak MB"] if any(peaks) else [])]
     columns += [f"{text} perplexity" for text in texts]
     for case in cases:
@@ -145,7 +145,7 @@ def latency_tables(report: Json) -> list[Table]:
     tables = []
     for name, case in cases_of(report["stages"]).items():
         columns, rows = _latency_rows(case)
-        tables.append(Table(title=name, columns=columns, rows=rows, note="; ".join(case.get("warnings", ()))))
+        tables.append(Table(title=name, columns=columns, rows=rows, note="; ".join(case["warnings"])))
     return tables
 
 
@@ -156,15 +156,13 @@ def _latency_rows(case: Json) -> tuple[tuple[str, ...], tuple[tuple[str, ...], .
         "p90": lambda row: number(row["latency_ms"]["p90"]),
         "p99": lambda row: number(row["latency_ms"]["p99"]),
         "std / mean": lambda row: percent(row["latency_ms"]["cv"]),
-        "tokens/s": lambda row: number(row.get("tokens_per_s")),
-        "speed-up [95 %]": lambda row: interval(_speed_up(row)),
-        "GPU compute ms": lambda row: number((row.get("gpu_compute_ms") or {}).get("median")),
-        "enqueue ms": lambda row: number((row.get("enqueue_ms") or {}).get("median")),
-        "H2D ms": lambda row: number((row.get("h2d_ms") or {}).get("median")),
-        "D2H ms": lambda row: number((row.get("d2h_ms") or {}).get("median")),
-        "bound ms": lambda row: number(row.get("bound_ms")),
-        "of bound": lambda row: percent(row.get("bound_fraction")),
-        "J/token": lambda row: number(row.get("joules_per_token")),
+        "tokens/s": lambda row: number(row["tokens_per_s"]),
+        "speed-up [95 %]": lambda row: interval(stated_speed_up(row)),
+        "GPU compute ms": lambda row: number((row["gpu_compute_ms"] or {}).get("median")),
+        "enqueue ms": lambda row: number((row["enqueue_ms"] or {}).get("median")),
+        "bound ms": lambda row: number(row["bound_ms"]),
+        "of bound": lambda row: percent(row["bound_fraction"]),
+        "J/token": lambda row: number(row["joules_per_token"]),
     }
     columns = {name: [make(row) for row in case["rows"]] for name, make in makers.items()}
     shown = {name: cells for name, cells in columns.items() if set(cells) - {"–"}}
@@ -196,27 +194,27 @@ def engines_table(report: Json) -> Table:
 
 
 def _engine_column(entry: Json) -> dict[str, str]:
-    content, proof = entry["content"], entry["content"].get("proof", {})
-    label = proof.get("sparse_label")
+    content, proof = entry["content"], entry["content"]["proof"]
+    label = proof["sparse_label"]
     eligible, picked = (
-        "not stated" if proof.get(key) is None else str(proof[key]) for key in ("sparse_eligible", "sparse_picked")
+        "not stated" if proof[key] is None else str(proof[key]) for key in ("sparse_eligible", "sparse_picked")
     )
-    modules = "unknown" if proof.get("modules") is None else str(proof["modules"])
+    modules = "unknown" if proof["modules"] is None else str(proof["modules"])
     return {
         "engine": f"{entry['label']} ({label})" if label else entry["label"],
         "built by": f"{content['backend']} {content['version']}",
         "compute capability": ", ".join(content["compute_capabilities"]),
         "size, MB": millions(content["bytes"]),
-        "layers": number(proof.get("layers")),
-        "precision of all layers": counts(proof.get("precisions", {})),
-        "precision of matrix products": counts(proof.get("matrix_precisions", {})),
-        "layers that fuse several": number(proof.get("fused_layers")),
-        "plugin layers": number(proof.get("plugin_layers")),
-        "PIFA modules computed by the plugin": f"{number(proof.get('plugin_modules'))} of {modules}",
-        "sparse kernels allowed": "yes" if proof.get("sparse_allowed") else "no",
+        "layers": number(proof["layers"]),
+        "precision of all layers": counts(proof["precisions"]),
+        "precision of matrix products": counts(proof["matrix_precisions"]),
+        "layers that fuse several": number(proof["fused_layers"]),
+        "plugin layers": number(proof["plugin_layers"]),
+        "PIFA modules computed by the plugin": f"{number(proof['plugin_modules'])} of {modules}",
+        "sparse kernels allowed": "yes" if proof["sparse_allowed"] else "no",
         "layers eligible for sparse kernels": eligible,
         "layers run by sparse kernels": picked,
-        "read from": str(proof.get("source", "–")),
+        "read from": proof["source"],
     }
 
 
@@ -232,14 +230,18 @@ def changes_table(report: Json) -> Table:
         )
         for each in report["changes"]
     )
+    foreign = any(not each.get("comparable", True) for each in report["changes"])
     return Table(
-        title="Against the earlier report", columns=("variant", "figure", "before", "now", "change"), rows=rows
+        title="Against the earlier report",
+        columns=("variant", "figure", "before", "now", "change"),
+        rows=rows,
+        note="The earlier times are of another machine: no gate judges them." if foreign else "",
     )
 
 
 def environment_table(entry: Json) -> Table:
     """Returns what a bench ran on, one row a fact; nested facts are named "a.b"."""
-    rows = tuple(_flat(entry["content"].get("environment", {})))
+    rows = tuple(_flat(entry["content"]["environment"]))
     return Table(title=entry["label"], columns=("what", "found"), rows=rows)
 
 
@@ -263,8 +265,3 @@ def _flat(value: Any, name: str = "") -> list[tuple[str, str]]:
 def _value(variant: Variant, text: str) -> float | None:
     estimate = variant.perplexity.get(text)
     return estimate.value if estimate else None
-
-
-def _speed_up(row: Json) -> Estimate | None:
-    found = row.get("speed_up")
-    return Estimate(value=found["median"], low=found["low"], high=found["high"]) if found else None

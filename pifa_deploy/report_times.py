@@ -37,14 +37,14 @@ def profiles_of(report: Json) -> Iterator[Profile]:
     benches, shown = one_bench_each(report), set[tuple[str, ...]]()
     for label, part in benches.items():
         content = part["stages"]["bench"][0]["content"]
-        found = {each["case"]: each for each in content.get("layers") or ()}
-        places = {each["name"]: each.get("path") or each["name"] for each in content["contenders"]}
+        found = {each["case"]: each for each in content["layers"]}
+        places = {each["name"]: each["path"] for each in content["contenders"]}
         # The other models' layers are told by the table; a map of each would be most of the page.
         pifa = [each.contender for each in variants_of(part["stages"]) if each.family == "pifa" and each.times]
         for case in main_cases(part["stages"]).values():
             if case not in found:
                 continue
-            maps = {name: (case, places[name], places.get(content["baseline"], "")) for name in pifa}
+            maps = {name: (case, places[name], places[content["baseline"]]) for name in pifa}
             new = [name for name, which in maps.items() if which not in shown]
             shown.update(maps.values())
             title = case if len(benches) == 1 else f"{label}: {case}"
@@ -63,7 +63,7 @@ def _profile(case: Json, baseline: str, *, title: str, mapped: Collection[str]) 
             svg = heat_map(ratios, title=f"{title}: {name}, time relative to {baseline}", digits=2, reference=1.0)
             maps.append((name, svg))
     table = _table(times, case["rest_us"], baseline, title=title)
-    return Profile(title=title, table=replace(table, note="; ".join(case.get("warnings", ()))), maps=tuple(maps))
+    return Profile(title=title, table=replace(table, note="; ".join(case["warnings"])), maps=tuple(maps))
 
 
 def _table(times: Mapping[str, Times], rest: Times, baseline: str, *, title: str) -> Table:

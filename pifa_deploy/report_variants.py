@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
+from pifa_deploy.case_names import case_name_of
 from pifa_deploy.engine_layers import NOT_PICKED
 from pifa_deploy.timing_statistics import speed_up
 
@@ -37,10 +38,9 @@ class Timing:
     baseline: bool = False
 
     @property
-    def speed_up(self) -> Estimate | None:
+    def speed_up(self) -> Estimate:
         """Time of the baseline over its time."""
-        found = self.row.get("speed_up")
-        return Estimate(value=found["median"], low=found["low"], high=found["high"]) if found else None
+        return stated_speed_up(self.row)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,19 +99,17 @@ def variants_of(stages: Stages) -> list[Variant]:
     return found
 
 
-def case_name(case: Json) -> str:
-    """Returns "prefill 128" or "decode at 128", with the batch where it is not 1 and a prefill's past."""
-    name = f"decode at {case['past']}" if case["phase"] == "decode" else f"{case['phase']} {case['tokens']}"
-    if case["phase"] != "decode" and case["past"]:
-        name += f" after {case['past']}"
-    return name if case["batch"] == 1 else f"{name}, batch {case['batch']}"
+def stated_speed_up(row: Json) -> Estimate:
+    """Returns the speed-up over the baseline that a row of a bench states."""
+    found = row["speed_up"]
+    return Estimate(value=found["median"], low=found["low"], high=found["high"])
 
 
 def cases_of(stages: Stages) -> dict[str, Json]:
     """Returns the name of each case -> the case; where there are several benches, the name has the bench's label."""
     several = len(stages["bench"]) > 1
     return {
-        _qualified(case_name(case), entry, several): case
+        _qualified(case_name_of(case), entry, several): case
         for entry in stages["bench"]
         for case in entry["content"]["cases"]
     }
@@ -158,11 +156,11 @@ def figures_of(stages: Stages) -> list[dict[str, Any]]:
             add(variant.name, f"perplexity, {text}", estimate.value, unit="")
         for case, timing in variant.times.items():
             add(variant.name, f"{case}, median", timing.median_ms, unit="ms")
-            add(variant.name, f"{case}, energy", timing.row.get("joules_per_token"), unit="J/token")
-            if timing.speed_up and not timing.baseline:
+            add(variant.name, f"{case}, energy", timing.row["joules_per_token"], unit="J/token")
+            if not timing.baseline:
                 add(variant.name, f"{case}, speed-up", timing.speed_up.value, unit="x", better="higher")
     for entry in stages["verify"]:
-        overall = entry["content"].get("overall") or {}
+        overall = entry["content"]["overall"] or {}
         add(entry["label"], "mean KL", overall.get("mean_kl"), unit="nats")
         add(entry["label"], "top-1 agreement", overall.get("top1"), unit="", better="higher")
     for entry in stages["engine"]:
@@ -175,11 +173,11 @@ def _contender(entry: Json, contender: Json, score: Json, *, several: bool, stag
     for case in entry["content"]["cases"]:
         for row in case["rows"]:
             if row["name"] == contender["name"]:
-                name = _qualified(case_name(case), entry, several)
+                name = _qualified(case_name_of(case), entry, several)
                 times[name] = Timing(
                     median_ms=row["latency_ms"]["median"],
                     row=row,
-                    bound_ms=row.get("bound_ms"),
+                    bound_ms=row["bound_ms"],
                     baseline=row["name"] == entry["content"]["baseline"],
                 )
     perplexity, ratio = _perplexities(score)
@@ -195,33 +193,32 @@ def _contender(entry: Json, contender: Json, score: Json, *, several: bool, stag
 
 
 def _kind(contender: Json, engines: Sequence[Json]) -> str:
-    kind, runtime = str(contender["kind"]), str(contender.get("runtime"))
+    kind, runtime = str(contender["kind"]), str(contender["runtime"])
     if not kind.startswith(SPARSE):
         return kind
     if runtime == "onnxruntime":
         return f"{SPARSE}, run as dense"
     for engine in engines:
-        if engine["label"] in (contender["name"], PurePath(contender.get("path") or "").name):
-            return str(engine["content"]["proof"].get("sparse_label") or NOT_PICKED)
-    told = (contender.get("proof") or {}).get("sparse_label")
+        if engine["label"] in (contender["name"], PurePath(contender["path"]).name):
+            return str(engine["content"]["proof"]["sparse_label"] or NOT_PICKED)
+    told = contender["proof"] and contender["proof"]["sparse_label"]
     return str(told or f"{SPARSE}, no build log given") if runtime.startswith("tensorrt") else kind
 
 
 def _evaluated(contender: Json, scores: Mapping[str, Json]) -> str | None:
     """Returns the name of the evaluated model that a contender is: of the same path, or of the same name."""
-    path = contender.get("path")
-    same = [name for name, row in scores.items() if path and row["checkpoint"] == path]
-    named = [name for name in (contender["name"], PurePath(path or "").name) if name in scores]
+    path = contender["path"]
+    same = [name for name, row in scores.items() if row["checkpoint"] == path]
+    named = [name for name in (contender["name"], PurePath(path).name) if name in scores]
     return next(iter(same + named), None)
 
 
 def _rows(entry: Json) -> Iterator[tuple[str, Json]]:
     """Yields (name, row) of an evaluation; the name is the last part of the path, or all of it where two end alike."""
     rows = entry["content"]["rows"]
-    given = [row.get("name") or row["checkpoint"] for row in rows]
-    names = [PurePath(name).name or name for name in given]
+    names = [PurePath(row["name"]).name or row["name"] for row in rows]
     for name, row in zip(names, rows, strict=True):
-        yield (name if names.count(name) == 1 else row.get("name") or row["checkpoint"]), row
+        yield (name if names.count(name) == 1 else row["name"]), row
 
 
 def _perplexities(row: Json) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
@@ -243,11 +240,8 @@ def _exponential(mean: float, error: float | None) -> Estimate:
 
 
 def _speed_up(rival: Json, row: Json) -> Estimate:
-    theirs, ours = (each.get("round_ms") or each.get("samples_ms") or [] for each in (rival, row))
-    if len(theirs) == len(ours) >= 2 and min(*theirs, *ours) > 0:
-        found = speed_up(theirs, ours)
-        return Estimate(value=found.median, low=found.low, high=found.high)
-    return Estimate(value=rival["latency_ms"]["median"] / row["latency_ms"]["median"])
+    found = speed_up(rival["round_ms"], row["round_ms"])
+    return Estimate(value=found.median, low=found.low, high=found.high)
 
 
 def _facts(value: Json, names: Sequence[str]) -> dict[str, Any]:

@@ -1,34 +1,13 @@
-"""Everything that answers decoder steps, under one name, and the right one for a folder."""
+"""The right runner for a folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pifa_deploy.decoder_step import FloatArray, IntArray, Runner, Step, StepLimits, TimedCall
-from pifa_deploy.engine_record import ENGINE_JSON
+from pifa_deploy.engine_record import ENGINE_JSON, is_engine
 from pifa_deploy.onnx_folder import open_folder
 from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 from pifa_deploy.tensorrt_runner import TensorRTRunner
-from pifa_deploy.torch_runner import TorchRunner
-
-__all__ = [
-    "FloatArray",
-    "IntArray",
-    "OnnxRuntimeRunner",
-    "Runner",
-    "Step",
-    "StepLimits",
-    "TensorRTRunner",
-    "TimedCall",
-    "TorchRunner",
-    "is_engine",
-    "open_runner",
-]
-
-
-def is_engine(path: Path | str) -> bool:
-    """Whether a path is an engine folder, or the engine.json in one."""
-    return Path(path).name == ENGINE_JSON or (Path(path) / ENGINE_JSON).is_file()
 
 
 def open_runner(

@@ -12,17 +12,18 @@ import torch
 
 from pifa_deploy.checkpoint import FactorizationRecord, ModuleSpec, read_config
 from pifa_deploy.contenders import is_onnx, onnx_parameters, pruned_zeros, stored_bytes, vocabulary_of
-from pifa_deploy.decoder_step import PAST
-from pifa_deploy.engine_record import ENGINE_JSON, EngineRecord
+from pifa_deploy.decoder_step import PAST, Step, StepLimits, TimedCall
+from pifa_deploy.engine_record import ENGINE_JSON, EngineRecord, is_engine
 from pifa_deploy.environment import usable_cores
 from pifa_deploy.errors import MisfitError, MissingCapabilityError
 from pifa_deploy.inspection import manifest_modules
 from pifa_deploy.model_folder import load_model, torch_dtype
 from pifa_deploy.onnx_folder import open_folder
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 from pifa_deploy.op_spec import DTYPE_FLAGS
-from pifa_deploy.runners import OnnxRuntimeRunner, Step, StepLimits, TimedCall, TorchRunner
 from pifa_deploy.sparse_checkpoint import PATTERN, is_sparse, read_sparsity
 from pifa_deploy.tensorrt_runner import TensorRTRunner
+from pifa_deploy.torch_runner import TorchRunner
 from pifa_deploy.transformers_quantizer import factorised_modules, spec_of
 
 DENSE = "dense"
@@ -177,9 +178,8 @@ def open_timed(name: str, place: str, options: RunOptions) -> TimedContender:
     if options.cuda_graph and device == "cpu":
         raise MissingCapabilityError("a CUDA graph was asked for on the CPU, expected a GPU; leave out --cuda-graph")
     torch.set_num_threads(options.chosen_threads)
-    if Path(place).name == ENGINE_JSON or (Path(place) / ENGINE_JSON).is_file():
-        return _engine(name, place, options)
-    return _onnx(name, place, options) if is_onnx(place) else _torch(name, place, options)
+    opened = _engine if is_engine(place) else _onnx if is_onnx(place) else _torch
+    return opened(name, place, options)
 
 
 def _torch(name: str, place: str, options: RunOptions) -> TimedContender:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ import pifa_deploy  # noqa: F401 - registers the checkpoint format with transfor
 from pifa_deploy.density import rank_for_density
 from pifa_deploy.factorization import factors_from_weight
 from pifa_deploy.linear import LowRankLinear, PifaLinear
+
+# Who is started by nohup or with & in a script ignores Ctrl-C, and so would all that a test starts and sends it to.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY = {
     "vocab_size": 67,

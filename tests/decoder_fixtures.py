@@ -20,9 +20,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast, Qwen2Config
 
+from pifa_deploy.decoder_step import Step
 from pifa_deploy.linear import LowRankLinear, PifaLinear
 from pifa_deploy.onnx_export import ExportOptions, ExportSummary, export_checkpoint
-from pifa_deploy.runners import Step
 from pifa_deploy.transformers_quantizer import attach
 
 FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}

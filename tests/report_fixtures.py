@@ -42,11 +42,13 @@ def bench(*, runtime: str = "tensorrt", names: dict[str, str] | None = None, **f
                 "latency_ms": statistics(samples),
                 "gpu_compute_ms": statistics(samples * 0.9),
                 "enqueue_ms": None,
+                "joules_per_token": None,
                 "tokens_per_s": tokens / float(np.median(samples)) * 1000,
                 "speed_up": gain,
                 "bound_ms": base / speed * 0.6,
                 "bound_fraction": 0.6,
                 "samples_ms": samples.tolist(),
+                "round_ms": samples.tolist(),
             }
             rows.append(row)
         cases.append({"phase": phase, "batch": 1, "tokens": tokens, "past": past, "rows": rows, "warnings": []})
@@ -62,6 +64,7 @@ def bench(*, runtime: str = "tensorrt", names: dict[str, str] | None = None, **f
             "parameters": int(5e7 / SPEED[name]),
             "density": None if kind == "dense" else 0.5,
             "memory": {"weights_bytes": 1, "activations_bytes": None, "peak_bytes": 3_000_000},
+            "proof": None,
         }
         for name, kind in KINDS.items()
     ]
@@ -96,7 +99,7 @@ def profile(case: str, names: dict[str, str]) -> dict[str, Any]:
         }
         for i, name in enumerate(MODULES)
     ]
-    return {"case": case, "rest_us": dict.fromkeys(names.values(), 20.0), "modules": modules}
+    return {"case": case, "rest_us": dict.fromkeys(names.values(), 20.0), "modules": modules, "warnings": []}
 
 
 def evaluation(texts: tuple[str, ...] = ("novel", "manual"), **places: str) -> dict[str, Any]:
@@ -117,30 +120,43 @@ def evaluation(texts: tuple[str, ...] = ("novel", "manual"), **places: str) -> d
                 "nll_difference_standard_error": 0.0 if name == "dense" else 0.01,
             }
         place = places.get(name, f"checkpoints/{name}")
-        rows.append({"checkpoint": place, "kind": kind, "runtime": "torch", "dtype": "fp32", "texts": scores})
+        known = {"runtime": "torch", "device": "cpu", "dtype": "fp32", "parameters": 1, "weight_bytes": None}
+        row = {"name": place, "checkpoint": place, "kind": kind, **known, "tokens_per_second": 9.0, "texts": scores}
+        rows.append(row)
     return {"artefact": "evaluation", "schema": 1, "texts": dict.fromkeys(texts, "x.txt"), "options": {}, "rows": rows}
 
 
 def verification(*, passed: bool | None = True, **fields: Any) -> dict[str, Any]:
     """A verification of fp16 whose mean KL gate is decided as asked for."""
-    figures = {"positions": 17, "finite": True, "max_abs": 0.02, "cosine": 0.9999, "mean_kl": 6e-6, "p999_kl": 1e-5}
+    figures: dict[str, Any] = {
+        "positions": 17,
+        "finite": True,
+        "max_abs": 0.02,
+        "cosine": 0.9999,
+        "mean_kl": 6e-6,
+        "p999_kl": 1e-5,
+    }
+    figures |= dict.fromkeys(("delta_nll", "delta_nll_low", "delta_nll_high"))
     cases = [{"name": name, **figures, "top1": 1.0, "decided": 17} for name in ("prefill 17", "decode at 64")]
     limit = 2e-4 if passed else 1e-6
     decisions = [
         {"name": "finite", "value": 1.0, "limit": 1.0, "passed": True},
         {"name": "mean_kl", "value": None if passed is None else 6e-6, "limit": limit, "passed": passed},
     ]
+    modules = [{"module": name, "rho": 0.1 * (i + 1)} for i, name in enumerate(MODULES)]
     return {
+        "artefact": "verify",
+        "schema": 2,
         "passed": passed,
         "dtype": "fp16",
         "cases": cases,
+        "kinds": [{**cases[0], "name": "prefill"}, {**cases[1], "name": "decode"}],
         "overall": {**cases[0], "name": "overall", "delta_nll": 1e-4, "delta_nll_low": -5e-5, "delta_nll_high": 2e-4},
         "low_rank": {**cases[0], "name": "overall", "mean_kl": 2e-5},
         "gates": {"mean_kl": limit},
         "decisions": decisions,
-        "levels": {
-            "operators": {"modules": [{"module": name, "rho": 0.1 * (i + 1)} for i, name in enumerate(MODULES)]}
-        },
+        "levels": {"weights": None, "operators": {"modules": modules}, "logits": {}},
+        "bisection": None,
         **fields,
     }
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,26 +14,28 @@ from typing import Any
 import pytest
 import torch
 from cli_fixtures import Outcome, small_model, small_tokenizer
-from sparse_fixtures import save_sparse
 from torch import nn
 
-from pifa_deploy.advice import AdviseOptions, advise
 from pifa_deploy.bench import BenchOptions, check_fixed, run_bench
 from pifa_deploy.checkpoint import FactorizationRecord, ModuleSpec, validate
 from pifa_deploy.cli import console
-from pifa_deploy.contender_bounds import BoundOptions, bounds_ms
+from pifa_deploy.contender_bounds import BoundOptions
+from pifa_deploy.decoder_step import StepLimits
 from pifa_deploy.engine_record import EngineFile, EngineRecord
 from pifa_deploy.equal_rank import to_low_rank
-from pifa_deploy.errors import ExitCode, FactorizationError, MisfitError, MissingCapabilityError, StageFailedError
-from pifa_deploy.gpu_limits import LimitOptions
+from pifa_deploy.errors import (
+    ExitCode,
+    FactorizationError,
+    MisfitError,
+    MissingCapabilityError,
+    PifaDeployError,
+    StageFailedError,
+)
 from pifa_deploy.latency import ClockOptions
 from pifa_deploy.linear import LowRankLinear, PifaLinear
 from pifa_deploy.model_folder import load_model
 from pifa_deploy.peak_memory import measure_memory, status_bytes
 from pifa_deploy.relayout import RelayoutOptions, relayout_checkpoint
-from pifa_deploy.roofline import PIFA_FUSED
-from pifa_deploy.runners import StepLimits
-from pifa_deploy.targets import TARGETS
 from pifa_deploy.timed_contenders import RunOptions, TimedContender, drawn_step, engine_modules, open_timed
 from pifa_deploy.transformers_quantizer import factorised_modules
 
@@ -151,9 +155,9 @@ def test_a_gate_decides_the_exit_code(
 
 
 def test_a_spread_above_its_limit_fails_only_with_a_gate(pifa_deploy: Callable[..., Outcome], dense: Path) -> None:
-    command = ("bench", str(dense), *QUICK, "--prefill", 4, "--max-spread", 1e-9)
+    command = ("bench", f"a={dense}", f"b={dense}", *QUICK, "--prefill", 4, "--max-spread", 1e-9)
     assert pifa_deploy(*command).code == 0
-    found = pifa_deploy(*command, "--gate-speed-up", "dense=0.5")
+    found = pifa_deploy(*command, "--gate-speed-up", "b=0.01")
     assert found.code == ExitCode.GATE_FAILED
     assert "FAILED: prefill 4: largest coefficient of variation" in found.out
 
@@ -312,56 +316,6 @@ def test_relayout_writes_the_low_rank_model(
     assert found.out == f"{tmp_path / 'low'}: 14 lowrank, max |C| 0\n"
 
 
-# Bounds.
-
-
-def test_the_bound_of_a_dense_model_is_its_linears_one_by_one(dense: Path) -> None:
-    found = open_timed("dense", str(dense), CPU)
-    bandwidth, peak, tokens = 2e9, 3e9, 7
-    seconds = 0.0
-    for module in load_model(dense, dtype=None).modules():
-        if isinstance(module, nn.Linear):
-            m, n = module.weight.shape
-            seconds += max(4 * (m * n + tokens * (m + n)) / bandwidth, 2 * tokens * m * n / peak)
-    options = BoundOptions(bandwidth_gb_s=2, peak_tflops=0.003)
-    assert bounds_ms(found, [tokens], options) == [pytest.approx(seconds * 1e3)]
-
-
-def test_the_bound_of_a_pifa_model_is_that_of_advise(checkpoint: Path) -> None:
-    found = open_timed("pifa", str(checkpoint), CPU)
-    target = TARGETS["orin-agx"]
-    expected = advise(checkpoint, target, AdviseOptions(tokens=(1, 512), limits=LimitOptions(dtype="fp32")))
-    bounds = [expected.bound(PIFA_FUSED, tokens) for tokens in (1, 512)]
-    assert bounds_ms(found, [1, 512], BoundOptions(target=target)) == [
-        pytest.approx(bound.seconds * 1e3) for bound in bounds if bound
-    ]
-
-
-def test_without_figures_nothing_is_bounded(dense: Path) -> None:
-    assert bounds_ms(contender("a", {}, "dense"), [1, 2], BoundOptions()) == [None, None]
-    with pytest.raises(ValueError, match="a bound needs --target, or both --bandwidth and --peak-tflops"):
-        BoundOptions(bandwidth_gb_s=3)
-
-
-def test_2_4_is_bounded_where_its_rate_is_known(tmp_path: Path) -> None:
-    save_sparse(tmp_path / "sparse")
-    found = open_timed("sparse", str(tmp_path / "sparse"), CPU)
-    assert (found.kind, found.density) == ("2:4", 0.5)
-    assert bounds_ms(found, [1], BoundOptions(bandwidth_gb_s=2, peak_tflops=1)) == [None]
-    dense = contender(str(tmp_path / "sparse"), {}, "dense")
-    options = BoundOptions(target=TARGETS["rtx4090"])
-    (sparse,), (full,) = (bounds_ms(one, [1], options) for one in (found_as_fp16(found), found_as_fp16(dense)))
-    assert sparse is not None
-    assert full is not None
-    assert sparse < full
-
-
-def found_as_fp16(found: TimedContender) -> TimedContender:
-    from dataclasses import replace
-
-    return replace(found, dtype="fp16")
-
-
 # Engines, as far as they can be looked at without a GPU.
 
 
@@ -407,6 +361,39 @@ def test_a_size_beyond_an_engine_is_refused_before_anything_is_timed() -> None:
 # Memory.
 
 
+def test_memory_is_measured_while_nothing_is_loaded(dense: Path) -> None:
+    titles: list[str] = []
+
+    @contextlib.contextmanager
+    def stage(title: str) -> Iterator[None]:
+        titles.append(title)
+        yield
+
+    clock = ClockOptions(warm_up_ms=0, iterations=4, duration_s=0, rounds=4)
+    options = BenchOptions(prefill=(8,), decode=(), run=CPU, clock=clock, memory=True)
+    found = run_bench({"a": str(dense)}, options, stage).memory["a"]
+    assert titles == ["memory of a", "load a", "prefill 8"]
+    assert found["peak_bytes"] == found["host_bytes"] > found["libraries_bytes"] > found["weights_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("place", "steps", "run"),
+    [("none", [(1, 8, 0)], CPU), ("none", [], replace(CPU, cuda_graph=True)), ("dense", [(1, -1, 0)], CPU)],
+)
+def test_what_a_contender_is_refused_for_is_told_by_the_process_that_measures_its_memory(
+    dense: Path, place: str, steps: list[tuple[int, int, int]], run: RunOptions
+) -> None:
+    def refused() -> None:
+        contender = open_timed("a", str(dense.parent / place), run)
+        drawn_step(steps[0][1], 0, batch=1, vocabulary=contender.vocabulary or 1)
+
+    with pytest.raises((PifaDeployError, ValueError)) as here:
+        refused()
+    with pytest.raises(type(here.value)) as there:
+        measure_memory(str(dense.parent / place), steps, run)
+    assert (type(there.value), str(there.value)) == (type(here.value), str(here.value))
+
+
 def test_memory_is_that_of_a_process_of_its_own(dense: Path) -> None:
     found = measure_memory(str(dense), [(1, 16, 0), (2, 1, 8)], CPU)
     assert found.peak_bytes == found.host_bytes >= found.libraries_bytes > 50_000_000
@@ -419,7 +406,7 @@ def test_a_process_that_fails_is_told_with_its_last_words(monkeypatch: pytest.Mo
     fake.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(fake))
     with pytest.raises(
-        StageFailedError, match=r"here: the process that .* ended with status 9: MemoryError: no room; it"
+        StageFailedError, match=r"here: the process that .* ended with status 9: MemoryError: no room; it may need more"
     ):
         measure_memory("here", [(1, 1, 0)], CPU)
     fake.write_text("#!/bin/sh\nexec sleep 5\n")
@@ -440,6 +427,11 @@ def test_the_peak_is_read_from_the_kernels_figures() -> None:
     [
         (("--baseline", "other"), "'other' is no contender, expected one of dense"),
         (("--gate-speed-up", "other=1.2"), "'other' is no contender, expected one of dense"),
+        (("--gate-speed-up", "dense=1.2"), "a gate asks about 'dense', the baseline, whose speed-up is always 1"),
+        (
+            ("--gate-speed-up", "dense=3", "--gate-speed-up", "dense=0.1"),
+            "--gate-speed-up names 'dense' twice, expected one limit for each",
+        ),
         (("--gate-speed-up", "dense"), "--gate-speed-up is 'dense', expected NAME=X such as pifa=1.2"),
         (("--gate-speed-up", "dense=fast"), "--gate-speed-up is 'dense=fast', expected NAME=X"),
         (("--prefill", "0"), r"prefill is \[0\], decode \[\] and batch 1, expected at least 1"),
@@ -461,7 +453,7 @@ def test_bad_arguments_are_refused_in_one_line(
 
 def test_two_contenders_of_one_name_are_refused(pifa_deploy: Callable[..., Outcome], dense: Path) -> None:
     pifa_deploy("bench", dense, dense, *QUICK).failed(ExitCode.USAGE, r"are both named 'dense'; name one as NAME=")
-    pifa_deploy("bench", f"={dense}", *QUICK).failed(ExitCode.USAGE, "is no model, expected PLACE or NAME=PLACE")
+    pifa_deploy("bench", f"={dense}", *QUICK).failed(ExitCode.USAGE, r"PLACE is '=.*', expected \[NAME=\]PLACE")
 
 
 def test_options_that_mean_nothing_to_a_plan_are_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ from pifa_deploy.bench_report import BenchGates, Case, Row, Size, judge, warning
 from pifa_deploy.environment import Load
 from pifa_deploy.gpu_state import GpuState
 from pifa_deploy.latency import Lap, Laps
+from pifa_deploy.proof import ProofGates
+from pifa_deploy.report_variants import cases_of
 from pifa_deploy.timing_statistics import SpeedUp
 
 QUIET = Load(load_average=0.1, other_cpus=0.02, stolen_cpus=0.0)
@@ -97,12 +100,26 @@ def test_a_gate_is_decided_on_the_lower_end() -> None:
     assert (failed.value, failed.limit) == (1.19, 1.2)
 
 
-def test_the_spread_decides_only_where_a_speed_up_is_asked_for() -> None:
+def test_the_spread_decides_only_beside_another_gate() -> None:
     unsteady = case(row(found=laps((4.0, 4.4, 3.6))))
     assert judge((unsteady,), BenchGates(max_spread=0.05)) == ()
     found = judge((unsteady,), BenchGates(speed_up={"pifa": 1.2}, max_spread=0.05))
     assert [one.passed for one in found] == [True, False]
     assert found[1].name == "decode at 128: largest coefficient of variation"
+    assert judge((unsteady,), BenchGates(proof=ProofGates(plugin=True), max_spread=0.05)) == found[1:]
+
+
+def test_a_bound_that_is_missing_is_warned_of() -> None:
+    (found,) = warnings_of(case(row(unbounded="its dtype is mixed")), None)
+    assert found == "pifa: no bound, its dtype is mixed"
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize(("batch", "tokens", "past"), [(1, 128, 0), (4, 16, 0), (1, 1, 96), (2, 8, 64)])
+def test_a_report_calls_a_case_as_the_bench_does(phase: str, batch: int, tokens: int, past: int) -> None:
+    size = Size(phase=phase, batch=batch, tokens=tokens, past=past)
+    written = replace(case(), size=size).to_json(None)
+    assert list(cases_of({"bench": [{"content": {"cases": [written]}}]})) == [size.label]
 
 
 @pytest.mark.parametrize("gates", [{"speed_up": {"pifa": 0.0}}, {"max_spread": -1.0}, {"max_spread": float("nan")}])
@@ -127,4 +144,4 @@ def test_figures_of_a_row_follow_from_its_times() -> None:
     assert len(value["samples_ms"]) == 60
     assert value["round_ms"] == [8.0] * 20
     assert set(value["latency_ms"]) == {"min", "max", "mean", "median", "p90", "p95", "p99", "cv"}
-    assert (value["h2d_ms"], value["d2h_ms"]) == (None, None)
+    assert not any(name.startswith(("h2d", "d2h")) for name in value)  # nothing is copied, and so nothing is timed

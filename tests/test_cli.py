@@ -23,7 +23,9 @@ from research_fixtures import compressed, save_research, tiny_llama
 
 import pifa_deploy as package
 from pifa_deploy.cli import console, main
+from pifa_deploy.demo import DEMO_JSON, DemoReport
 from pifa_deploy.errors import ExitCode
+from pifa_deploy.output_folder import new_folder, write_json
 
 pytest_plugins = ("cli_plugin",)
 
@@ -194,6 +196,61 @@ def test_a_failed_gate_is_a_result_and_exit_code_1(
     assert not all(gate["passed"] for gate in result["decisions"])
 
 
+OPTIONAL, NEEDED = "[NAME=]FILE", "NAME=X"
+
+
+@pytest.mark.parametrize(
+    ("given", "form", "expected"),
+    [
+        ("file", OPTIONAL, ("", "file")),
+        ("a=file", OPTIONAL, ("a", "file")),
+        ("a=b=c", OPTIONAL, ("a", "b=c")),
+        ("a=there", OPTIONAL, ("", "a=there")),
+        ("b=a=there", OPTIONAL, ("b", "a=there")),
+        ("a=there", NEEDED, ("a", "there")),
+    ],
+)
+def test_a_name_before_a_value_is_split_off_but_a_path_that_exists_is_whole(
+    given: str, form: str, expected: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a=there").touch()
+    assert console.split_named(given, "--text", form) == expected
+
+
+@pytest.mark.parametrize("given", ["", "=", "a=", "=file"])
+@pytest.mark.parametrize("form", [OPTIONAL, NEEDED])
+def test_an_empty_name_or_value_is_refused(given: str, form: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"--text is {given!r}, expected {form}")):
+        console.split_named(given, "--text", form)
+    if form == NEEDED:
+        with pytest.raises(ValueError, match="--text is 'file', expected NAME=X"):
+            console.split_named("file", "--text", form)
+
+
+def test_a_place_that_gives_no_name_needs_one() -> None:
+    with pytest.raises(ValueError, match=r"PLACE is '\.', which gives no name; name it as NAME=\."):
+        console.named(["."], lambda place: Path(place).name)
+
+
+def test_texts_contenders_and_results_are_split_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense: Path, pifa_deploy: Callable[..., Outcome]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a=b.txt").write_text("too short", encoding="utf-8")
+    short = r"^error: a=b\.txt: the text has \d+ tokens"
+    pifa_deploy("evaluate", dense, "--text", "a=b.txt").failed(ExitCode.INPUT_REFUSED, short)
+    whole = r"a=b\.txt"
+    pifa_deploy("bench", "a=b.txt", "--device", "cpu").failed(ExitCode.INPUT_REFUSED, whole)
+    pifa_deploy("report", "--verify", "a=b.txt", "--out", "out").failed(ExitCode.INPUT_REFUSED, whole)
+
+
+def test_what_ci_alone_gives_to_a_report_is_not_offered(pifa_deploy: Callable[..., Outcome]) -> None:
+    outcome = pifa_deploy("report", "--help")
+    assert "--verify" in outcome.out
+    assert "--undecided" not in outcome.out
+
+
 @pytest.mark.parametrize("passed", [True, False])
 def test_the_demo_gives_its_report_as_json_and_its_verdict_as_exit_code(
     passed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pifa_deploy: Callable[..., Outcome]
@@ -205,6 +262,14 @@ def test_the_demo_gives_its_report_as_json_and_its_verdict_as_exit_code(
     assert outcome.code == (ExitCode.PASSED if passed else ExitCode.GATE_FAILED)
     assert json.loads(outcome.out) == {"passed": passed}
     assert [(out, options.density, options.force) for out, options in asked] == [(tmp_path / "out", 0.6, False)]
+
+
+def test_force_replaces_the_folder_of_an_earlier_demo(tmp_path: Path) -> None:
+    report = DemoReport(rows=(), texts={}, lines=(), verified={}, engine={}, passed=True)
+    write_json(tmp_path / DEMO_JSON, report.to_json())
+    with new_folder(tmp_path, force=True) as folder:
+        (folder / "new").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_an_error_that_nobody_foresaw_is_one_line_too(

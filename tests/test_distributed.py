@@ -6,6 +6,7 @@ import contextlib
 import multiprocessing
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -43,10 +44,12 @@ def arguments(source: Path, out: Path, text: Path, *more: str) -> list[str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """Returns a port that nobody uses, and that the kernel gives nobody who asks for any: it gives higher ones."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def linear_maps(folder: Path) -> dict[str, torch.Tensor]:
@@ -148,6 +151,9 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Group]:
     context.set_forkserver_preload(
         ["pytest", "pifa_deploy.compression", "transformers.models.llama.modeling_llama", "tokenizers"]
     )
+    first = context.Process(target=int)  # after the imports, which take longer than a group may
+    first.start()
+    first.join()
 
     def group_of(line: list[str], *, others: list[str] | None = None, count: int = 2, fault: str = "") -> Group:
         streams, port = tmp_path_factory.mktemp("streams"), free_port()
@@ -314,9 +320,10 @@ def torchrun() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     running: list[subprocess.Popen[str]] = []
 
     def start(*line: str) -> subprocess.Popen[str]:
-        launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+        launcher = ["torch.distributed.run", "--nproc-per-node", "2"]
+        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # a port that it binds itself
         process = subprocess.Popen(
-            [sys.executable, *launcher, *line],
+            [sys.executable, "-m", *launcher, *line],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -333,7 +340,7 @@ def torchrun() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def ended(process: subprocess.Popen[str]) -> Outcome:
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate()
     return Outcome(process.returncode, out, err)
 
 
@@ -363,15 +370,13 @@ def test_under_torchrun_one_process_prints_and_writes(
 
 
 def test_under_torchrun_the_death_of_one_ends_all_and_the_rest_goes_on(
-    dense: Path, text: Path, tmp_path: Path, torchrun: Any
+    dense: Path, text: Path, tmp_path: Path, torchrun: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = arguments(dense, tmp_path / "out", text)
     line[line.index("--calibration-samples") + 1] = "1200"  # seconds a layer
     process = torchrun(*MODULE, *line)
     first = tmp_path / ".out.resume" / "layer-00000.safetensors"
-    for _ in range(12000):
-        if first.exists():
-            break
+    while not first.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     started = time.monotonic()
@@ -383,10 +388,8 @@ def test_under_torchrun_the_death_of_one_ends_all_and_the_rest_goes_on(
     assert len(outcome.errors) == 1, outcome.err
     assert {path.name for path in tmp_path.iterdir()} == {".out.resume"}
     assert run(line) == 0
-    (tmp_path / "other").mkdir()
-    line[2] = str(tmp_path / "other" / "out")
-    assert run(line) == 0
-    assert_same_model(tmp_path / "other" / "out", tmp_path / "out")
+    assert re.search(r"^layer 1/2: .* 0\.0 s, ", capsys.readouterr().err.replace("\r", ""), re.MULTILINE)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 @pytest.mark.slow
@@ -436,14 +439,11 @@ def test_under_torchrun_ctrl_c_leaves_the_finished_layers(
     line[line.index("--calibration-samples") + 1] = "2400"
     process = torchrun(*MODULE, *line)
     first = tmp_path / ".out.resume" / "layer-00000.safetensors"
-    for _ in range(12000):
-        if first.exists():
-            break
+    while not first.exists():
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        outcome = ended(process)
+    outcome = ended(process)
     assert outcome.code != 0
     assert "note: the same command, without --restart, goes on after layer 1" in outcome.err.splitlines()
     assert {path.name for path in tmp_path.iterdir()} == {".out.resume"}

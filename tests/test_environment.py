@@ -9,10 +9,13 @@ import platform
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from pifa_deploy.environment import LoadMeter, busy_seconds, cpu_name, memory_bytes, this_environment, usable_cores
+from pifa_deploy import environment
+from pifa_deploy.environment import LoadMeter, busy_seconds, cpu_name, memory_bytes, this_environment
 
 STAT = "cpu  100 10 50 4000 300 7 3 20 0 0\ncpu0 100 10 50 4000 300 7 3 20 0 0\nintr 12\n"
 
@@ -56,27 +59,47 @@ def test_waiting_is_not_busy_and_stolen_time_is_counted_apart() -> None:
     assert busy_seconds("") is None
 
 
-def test_another_process_is_noticed_and_the_own_work_is_not() -> None:
+@pytest.mark.parametrize(
+    ("busy_s", "stolen_s", "own_s", "others"),
+    [
+        (3.0, 0.5, 2.0, 0.25),  # a second in four that was another's
+        (2.0, 0.0, 2.0, 0.0),
+        (1.99, 0.0, 2.0, 0.0),  # ticks are coarser than own times
+    ],
+)
+def test_what_others_used_is_what_was_busy_and_not_own(
+    busy_s: float, stolen_s: float, own_s: float, others: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ticks = os.sysconf("SC_CLK_TCK")
+    moments = iter([100.0, 104.0])
+
+    def passes(seconds: float, stolen: float, own: float) -> None:
+        (tmp_path / "stat").write_text(f"cpu  {round(seconds * ticks)} 0 0 9 9 0 0 {round(stolen * ticks)} 0 0\n")
+        parts = SimpleNamespace(user=own / 2, system=own / 4, children_user=own / 8, children_system=own / 8)
+        monkeypatch.setattr(environment.os, "times", lambda: parts)
+
+    monkeypatch.setattr(environment, "_STAT", tmp_path / "stat")
+    monkeypatch.setattr(environment, "time", SimpleNamespace(monotonic=lambda: next(moments)))
+    passes(50, 5, 20)
+    meter = LoadMeter()
+    passes(50 + busy_s, 5 + stolen_s, 20 + own_s)
+    load = meter.read()
+    assert load.other_cpus == pytest.approx(others)
+    assert load.stolen_cpus == pytest.approx(stolen_s / 4)
+
+
+def test_another_process_is_noticed() -> None:
     if LoadMeter().read().other_cpus is None:
         pytest.skip("this system does not tell how busy it is")
-    spin = [sys.executable, "-c", "import time\nwhile time.perf_counter(): pass"]
-    quiet = LoadMeter()
-    until = time.perf_counter() + 0.5
-    while time.perf_counter() < until:
-        pass
-    own = quiet.read().other_cpus
-    process = subprocess.Popen(spin)
-    try:
-        time.sleep(0.3)
-        meter = LoadMeter()
-        time.sleep(0.7)
-        disturbed = meter.read().other_cpus
-    finally:
+    works = "import time\nwhile time.process_time() < 1: pass\nprint(flush=True)\ninput()"
+    started = time.monotonic()
+    meter = LoadMeter()
+    with subprocess.Popen([sys.executable, "-c", works], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()  # it has used a second; once it has ended, that is this process' own
+        found = meter.read().other_cpus
+        seconds = time.monotonic() - started
         process.kill()
-        process.wait()
-    assert own is not None
-    assert disturbed is not None
-    # On one processor that others use too, the spinning process gets a part of it.
-    assert disturbed > 0.3
-    if usable_cores() > 1:
-        assert own < disturbed + 0.5
+    assert found is not None
+    # Less than its second: ticks are sampled, and a hypervisor may have taken the processor away meanwhile.
+    assert found * seconds > 0.3

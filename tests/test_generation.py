@@ -15,7 +15,7 @@ import torch
 from cli_fixtures import SIZES, Outcome, small_model, small_tokenizer
 
 from pifa_deploy.cli.generate import _remarks
-from pifa_deploy.decoder_step import StepLimits
+from pifa_deploy.decoder_step import Step, StepLimits
 from pifa_deploy.errors import ExitCode, StageFailedError
 from pifa_deploy.generation import (
     Generated,
@@ -28,8 +28,9 @@ from pifa_deploy.generation import (
 )
 from pifa_deploy.model_folder import load_model, load_tokenizer
 from pifa_deploy.onnx_folder import open_folder
-from pifa_deploy.runners import OnnxRuntimeRunner, Step, TorchRunner
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 from pifa_deploy.sampling import SamplingOptions
+from pifa_deploy.torch_runner import TorchRunner
 
 pytest_plugins = ("cli_plugin",)
 

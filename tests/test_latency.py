@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +13,7 @@ import pytest
 from pifa_deploy import latency
 from pifa_deploy.latency import ClockOptions, decode_call, measure, prefill_call, side_by_side
 from pifa_deploy.onnx_folder import open_folder
-from pifa_deploy.runners import OnnxRuntimeRunner
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 
 pytest_plugins = ("cli_plugin",)
 
@@ -31,12 +30,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     return passes
 
 
-def test_a_contender_that_sleeps_twice_as_long_takes_about_twice_the_time() -> None:
-    found = side_by_side({"one": lambda: time.sleep(0.01), "two": lambda: time.sleep(0.02)}, rounds=5)
+def test_a_contender_that_takes_twice_the_time_has_the_ratio_two(clock: Callable[[float], None]) -> None:
+    found = side_by_side({"one": lambda: clock(0.01), "two": lambda: clock(0.02)}, rounds=5)
     assert found["one"].ratio == 1.0
-    assert 1.4 < found["two"].ratio < 2.6
-    assert found["one"].median_ms >= 10  # sleep never returns early
-    assert found["two"].median_ms >= 20
+    assert found["two"].ratio == pytest.approx(2.0)
+    assert found["one"].median_ms == pytest.approx(10)
+    assert found["two"].median_ms == pytest.approx(20)
 
 
 def test_contenders_take_turns_and_the_warmup_is_not_timed(clock: Callable[[float], None]) -> None:

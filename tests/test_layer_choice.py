@@ -19,6 +19,7 @@ from torch import nn
 from pifa_deploy import layer_choice, onnx_passes
 from pifa_deploy.column_linear import PifaColumnLinear
 from pifa_deploy.compression import CompressOptions, compress_model
+from pifa_deploy.decoder_step import Step
 from pifa_deploy.errors import InputMissingError, InputRefusedError, MisfitError, MissingCapabilityError
 from pifa_deploy.factorization import factors_from_low_rank
 from pifa_deploy.latency import ClockOptions
@@ -31,8 +32,9 @@ from pifa_deploy.linear import LowRankLinear, PifaLinear
 from pifa_deploy.model_folder import load_model
 from pifa_deploy.onnx_export import ExportOptions, export_checkpoint
 from pifa_deploy.onnx_folder import open_folder
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 from pifa_deploy.plugin_library import LIBRARY_VARIABLE
-from pifa_deploy.runners import OnnxRuntimeRunner, Step, TorchRunner
+from pifa_deploy.torch_runner import TorchRunner
 from pifa_deploy.transformers_quantizer import factorised_modules
 
 pytest_plugins = ("cli_plugin",)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -31,9 +30,10 @@ from pifa_deploy.model_folder import load_model
 from pifa_deploy.onnx_export import ExportOptions, export_checkpoint
 from pifa_deploy.onnx_folder import OnnxFolder, open_folder
 from pifa_deploy.onnx_profile import check_profilable, labelled_graph, launches_in_trace, profile_onnx
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 from pifa_deploy.operator_parity import operator_ends
-from pifa_deploy.runners import OnnxRuntimeRunner, TorchRunner
 from pifa_deploy.timed_contenders import drawn_step
+from pifa_deploy.torch_runner import TorchRunner
 
 pytest_plugins = ("cli_plugin",)
 
@@ -214,21 +214,31 @@ def test_a_gpu_and_a_foreign_graph_are_refused(folders: dict[str, OnnxFolder]) -
 # PyTorch.
 
 
-def test_the_time_of_a_forward_is_that_of_its_module(checkpoint: Path) -> None:
+def test_the_time_of_a_forward_is_that_of_its_module(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(layer_profile, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def takes(module: nn.Module, seconds: float) -> None:
+        """Has a module's forward take this time and none besides."""
+        forward = module.forward
+
+        def slow(*args: Any, **options: Any) -> Any:
+            now[0] += seconds
+            return forward(*args, **options)
+
+        module.forward = slow
+
     model = load_model(checkpoint, dtype=torch.float32)
-    slow = model.get_submodule("model.layers.1.mlp.up_proj")
-    forward = slow.forward
-    slow.forward = lambda x: (time.sleep(0.02), forward(x))[1]  # type: ignore[func-returns-value]
+    linears = [name for name, _ in model.named_modules() if name.endswith("_proj")]
+    seconds = {name: (i + 1) / 1024 for i, name in enumerate(linears)}  # powers of two: all sums are exact
+    for name, one in seconds.items():
+        takes(model.get_submodule(name), one)
+    takes(model.get_submodule("model.layers.0.input_layernorm"), 0.25)
+    takes(model.lm_head, 0.5)
     launches = profile_torch(TorchRunner(model), drawn_step(6, 2, batch=1, vocabulary=60), launches=3)
-    assert len(launches) == 3
-    for launch in map(by_module, launches):
-        others = {name: us for name, us in launch.items() if name not in ("", "model.layers.1.mlp.up_proj")}
-        assert len(others) == 13
-        assert min(others.values()) > 0
-        assert 20_000 <= launch["model.layers.1.mlp.up_proj"] < 60_000
-        assert launch[""] > 0
-    assert not slow._forward_hooks
-    assert not slow._forward_pre_hooks
+    assert len(seconds) == 14
+    assert launches == [{("", ""): 750_000.0, **{(name, ""): one * 1e6 for name, one in seconds.items()}}] * 3
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def test_the_head_is_no_linear_layer_in_either_runtime(
@@ -329,7 +339,7 @@ def test_names_that_the_log_lacks_are_refused(tmp_path: Path) -> None:
 def test_an_engine_reports_the_time_of_its_layers(engine_folder: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("an engine runs on a GPU, and this machine has none")
-    from pifa_deploy.runners import TensorRTRunner
+    from pifa_deploy.tensorrt_runner import TensorRTRunner
 
     runner = TensorRTRunner(engine_folder)
     launches = runner.layer_times(drawn_step(4, 3, batch=1, vocabulary=60), 3)

@@ -25,9 +25,9 @@ from pifa_deploy.layouts import apply_layout, describe_layout, layout_of, low_ra
 from pifa_deploy.linear import PifaLinear
 from pifa_deploy.model_folder import load_model
 from pifa_deploy.onnx_folder import open_folder
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 from pifa_deploy.refit import refitted_coefficients
 from pifa_deploy.relayout import RelayoutOptions, relayout_checkpoint
-from pifa_deploy.runners import OnnxRuntimeRunner
 from pifa_deploy.shared_pivots import shared_pivots
 from pifa_deploy.transformers_quantizer import attach, factorised_modules
 

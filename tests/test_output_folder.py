@@ -192,6 +192,7 @@ class TestForceNeverReplaces:
     [
         ("pifa.json", '{"schema": 1, "artefact": "onnx"}'),
         ("engine.json", '{"schema": 1}'),
+        ("demo.json", '{"schema": 1, "artefact": "demo"}'),
         ("report.json", '{"schema": 1, "artefact": "report"}'),
         ("sparsity.json", '{"schema": 1, "artefact": "2:4"}'),
         ("tasks.json", '{"schema": 1, "artefact": "tasks"}'),

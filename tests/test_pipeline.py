@@ -22,7 +22,7 @@ from pifa_deploy.cli.ci_checks import check_files
 from pifa_deploy.cli.main import run
 from pifa_deploy.errors import ExitCode, InputMissingError, InputRefusedError, OutputExistsError
 from pifa_deploy.pipeline import Outcome as StepOutcome
-from pifa_deploy.pipeline import StepFailedError, remove_report, run_steps, verdict
+from pifa_deploy.pipeline import StepFailedError, held_output, remove_report, run_steps, verdict
 from pifa_deploy.pipeline_file import PipelineFile, read_pipeline
 from pifa_deploy.pipeline_record import StepRecord
 from pifa_deploy.pipeline_step import OnlyWith, Step
@@ -92,7 +92,7 @@ def file(tmp_path: Path) -> Callable[[str], Path]:
         ('[model]\ndnse = "d"\n[variants.a]\n', r"\[model\]: unknown key 'dnse'; did you mean dense\?"),
         ('[model]\ndense = "d"\n', r"has no variants; expected at least one"),
         ("[model]\ndense = 3\n[variants.a]\n", r"\[model\]: dense is 3, expected text"),
-        ("variants = 3\n", r"variants is 3, expected a table"),
+        ("\ufeffvariants = 3\n", r"variants is 3, expected a table"),
         ("[variants.a]\n", r"\[variants\.a\]: needs the dense model; give it as dense in \[model\]"),
         (f"[variants.a]\n{COMPRESS}\n", r"needs the dense model"),
         ('[variants.a]\ncheckpoint = "c"\nimport = "i"\n', r"has checkpoint and import, expected one of"),
@@ -154,8 +154,9 @@ def test_the_example_in_the_docs_becomes_commands() -> None:
 @pytest.mark.parametrize(
     ("build", "pattern"),
     [
-        ('target = ["rtx4900"]', r"\[build\] of dense: .*rtx4900.*rtx4090"),
-        ('target = ["orin-agx"]', r"\[build\] of dense: .*8\.7"),
+        ('target = ["rtx4900"]', r"toml: build dense: .*rtx4900.*rtx4090"),
+        ("target = [3]", r"toml: build dense: .*'3'"),
+        ('target = ["orin-agx"]', r"toml: build dense: .*8\.7"),
     ],
 )
 def test_a_gpu_that_cannot_be_built_for_is_refused_before_the_first_step(
@@ -184,6 +185,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ("compare-tasks", {"limt": 3}, r"unknown key 'limt'; did you mean limit\?"),
         ("tasks", {"contender": ["a"]}, r"unknown key 'contender'; did you mean contenders\?"),
         ("tasks", {"limit": "all"}, r"limit is 'all': 'all' is not a valid integer"),
+        ("bench", {"prefill": []}, r"prefill is \[\], expected a value; leave the key out for the default"),
         ("compress", {"density": [0.5, 0.6]}, r"density is \[0\.5, 0\.6\], expected one value"),
     ],
 )
@@ -468,13 +470,14 @@ def test_the_stage_gpu_builds_what_needs_the_device_and_checks_engines(file: Cal
         ([0, 0], ExitCode.PASSED),
         ([0, 3], ExitCode.NOT_DECIDED),
         ([3, 1, 0], ExitCode.GATE_FAILED),
-        ([], ExitCode.NOT_DECIDED),
+        ([], None),
     ],
 )
-def test_the_verdict_is_the_worst_that_a_step_decided(codes: list[int], expected: ExitCode) -> None:
+def test_the_verdict_is_the_worst_that_a_step_decided(codes: list[int], expected: ExitCode | None) -> None:
     judging = Step(title="t", arguments=("verify",), output=Path("o"), judges=True)
     making = Step(title="m", arguments=("export",), output=Path("o"))
     outcomes = [StepOutcome(step=judging, exit_code=code, kept=False) for code in codes]
+    outcomes.append(StepOutcome(step=judging, exit_code=0, kept=False, ungated=True))
     assert verdict([StepOutcome(step=making, exit_code=0, kept=False), *outcomes]) == expected
 
 
@@ -523,6 +526,71 @@ def test_a_second_run_keeps_all_but_what_was_changed(copied: Path, capfd: pytest
     assert "== again made/evaluate.json: held-out.txt is another" in told
 
 
+def test_a_result_that_is_damaged_is_made_again(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    result = copied / "made/evaluate.json"
+    whole = result.read_text()
+    result.write_text(whole[:1000])
+    assert ci(copied) == ExitCode.PASSED
+    assert json.loads(result.read_text())["rows"][0]["name"] == json.loads(whole)["rows"][0]["name"]
+    told = capfd.readouterr().err.splitlines()
+    assert "== again made/evaluate.json: it is not as it was written" in told
+    assert "== kept made/dense/verify-onnx.json: verify onnx dense" in told
+
+
+def test_measurements_without_a_gate_are_not_said_to_pass(copied: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    bench = "prefill = [4]\nduration = 0\nrounds = 2\niterations = 2\nwarm-up = 0\n"
+    pipeline, path = f"{RUN}[bench.t]\ncontenders = ['dense']\n{bench}", copied / "pifa-deploy.toml"
+    path.write_text(pipeline)
+    assert ci(copied) == ExitCode.PASSED
+    results = {step["title"]: step["result"] for step in json.loads((copied / "ci.json").read_text())["steps"]}
+    assert results == {
+        **dict.fromkeys(("export dense", "compress pifa", "evaluate"), "made"),
+        "verify onnx dense": "passed",
+        "bench t onnx": "measured",
+    }
+    # A kept bench says the same, and a report of it alone agrees with the run.
+    for table in ("", "[report]\n"):
+        path.write_text(pipeline.replace("verify = {", "#") + table)
+        capfd.readouterr()
+        assert ci(copied) == ExitCode.NOT_DECIDED
+        out, err = capfd.readouterr()
+        assert out.endswith("pifa-deploy.toml, stage cpu: not decided, nothing was gated\n")
+        assert "== kept made/bench-t-onnx.json: bench t onnx\n" in err
+        assert "measured: bench t onnx\n" in err
+        assert "passed" not in out + err
+    assert "not decided, nothing was gated: report\n" in err
+
+
+def test_two_runs_of_one_output_folder_do_not_mix(
+    file: Callable[[str], Path], pifa_deploy: Callable[..., Outcome]
+) -> None:
+    path = file(WHOLE + "[report]\n")
+    (path.parent / "made/report").mkdir(parents=True)
+    (path.parent / "made/report/report.json").write_text("{}")
+    with held_output(read_pipeline(path)):
+        outcome = pifa_deploy("ci", path)
+        outcome.failed(
+            ExitCode.OUTPUT_HELD, r"/made is being written by another process; wait for it or name another output"
+        )
+        assert (path.parent / "made/report").exists()
+        assert pifa_deploy("ci", path, "--dry-run").code == ExitCode.PASSED
+    # A run that was killed leaves the file of the lock, and nobody holds it.
+    (path.parent / "made/.pifa-deploy.lock").touch()
+    pifa_deploy("ci", path).failed(ExitCode.USAGE, r"held-out\.txt: is not there")
+    assert not (path.parent / "made/report").exists()
+
+
+def test_an_output_folder_that_cannot_be_written_is_named(
+    file: Callable[[str], Path], pifa_deploy: Callable[..., Outcome]
+) -> None:
+    path = file(WHOLE.replace('"made"', '"taken/made"'))
+    (path.parent / "taken").write_text("")
+    pifa_deploy("ci", path).failed(
+        ExitCode.STAGE_FAILED, r"toml: \[output\] folder: .*taken/made could not be written: .*Not a directory"
+    )
+    assert (path.parent / "taken").read_text() == ""
+
+
 def test_a_report_has_only_what_the_file_asks_for_and_a_run_that_fails_leaves_none(
     copied: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -547,16 +615,20 @@ def test_a_run_that_is_ended_leaves_nothing_half_written(tmp_path: Path) -> None
     save_dense(tmp_path / "dense")
     (tmp_path / "pifa-deploy.toml").write_text('[model]\ndense = "dense"\n[variants.dense]\n[export]\n')
     command = [sys.executable, "-m", "pifa_deploy.cli.main", "ci", "pifa-deploy.toml"]
+    other = ["ci", str(tmp_path / "pifa-deploy.toml")]
+    assert run([*other, "--dry-run"]) == ExitCode.PASSED  # which loads what the second run needs
     started = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    end = time.monotonic() + 60
-    while not (tmp_path / "pifa-ci/dense/.onnx.partial").exists() and started.poll() is None:
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    started.send_signal(signal.SIGTERM)
-    _, told = started.communicate(timeout=60)
+    try:
+        while not (tmp_path / "pifa-ci/dense/.onnx.partial").exists() and started.poll() is None:
+            time.sleep(0.02)
+        assert run(other) == ExitCode.OUTPUT_HELD
+        started.send_signal(signal.SIGTERM)
+        _, told = started.communicate()
+    finally:
+        started.kill()  # nothing, where it has ended
     assert started.returncode == 128 + signal.SIGTERM, told
     assert told.count("error: terminated; what existed before is untouched\n") == 2  # the step's and ci's
-    assert list((tmp_path / "pifa-ci/dense").iterdir()) == []
+    assert [place.name for place in (tmp_path / "pifa-ci").rglob("*")] == ["dense"]
 
 
 def test_what_the_other_stage_made_is_read_while_it_is_up_to_date(tmp_path: Path) -> None:
@@ -715,6 +787,9 @@ def test_an_input_that_is_not_there_is_named_before_its_step(
         (('dtype = "fp32"', 'plan = "p.json"'), ExitCode.USAGE, r"p\.json: is not there, export dense reads it"),
         (("context = 64", "context = 1"), ExitCode.INPUT_REFUSED, r"toml: evaluate: 2 windows of 1 tokens"),
         (("density = 0.6", "density = 1.5"), ExitCode.INPUT_REFUSED, r"toml: compress pifa: .*1\.5"),
+        (("decode-steps = 2", "positions = -5"), ExitCode.INPUT_REFUSED, r"verify onnx dense: positions is -5"),
+        (("decode-steps = 2", "gate-mean-kl = -1"), ExitCode.INPUT_REFUSED, r"verify onnx dense: gate mean_kl is -1"),
+        (('text = ["held-out=held-out.txt"]', ""), ExitCode.INPUT_REFUSED, r"toml: evaluate: text is missing"),
         (('"held-out=', '"='), ExitCode.INPUT_REFUSED, r"toml: evaluate: --text is '=held-out\.txt', expected"),
         (
             ("[evaluate]", '[bench.t]\ngate-speed-up = ["pifx=1.1"]\n[evaluate]'),
@@ -722,6 +797,18 @@ def test_an_input_that_is_not_there_is_named_before_its_step(
             r"'pifx' is no",
         ),
         (("[evaluate]", "[bench.t]\nrounds = 0\n[evaluate]"), ExitCode.INPUT_REFUSED, r"toml: bench t onnx: .*rounds"),
+        *(
+            (("[evaluate]", f"{table}\n[evaluate]"), ExitCode.INPUT_REFUSED, pattern)
+            for table, pattern in (
+                ("[bench.t]\ngate-speed-up = ['pifa=3', 'pifa=0.1']", r"bench t onnx: .* names 'pifa' twice"),
+                ("[bench.t]\ngate-speed-up = ['dense=1']", r"bench t onnx: a gate asks about 'dense', the baseline"),
+                ("[report]\nmax-regression = 0.05", r"toml: report: max_regression is 0\.05 with no baseline"),
+                ('[report]\nbaseline-report = "b"\nmax-regression = -1', r"toml: report: max_regression is -1\.0"),
+                ('[report]\nbaseline-report = "b"\nmax-regression = nan', r"toml: report: max_regression is nan"),
+                ('[tasks]\ntask = ["t"]\nmargin = -1', r"toml: compare-tasks pifa: margin is -1\.0"),
+                ('[tasks]\ntask = ["t"]\nlimit = -3', r"toml: tasks dense: limit is -3, expected at least 1"),
+            )
+        ),
         (
             ("[evaluate]", '[report]\nbaseline-report = "held-out.txt"\n[evaluate]'),
             ExitCode.INPUT_REFUSED,
@@ -741,6 +828,8 @@ def test_what_no_run_takes_is_refused_before_the_first_step(
     (path.parent / "dense").mkdir()
     (path.parent / "held-out.txt").write_text("text")
     pifa_deploy("ci", path).failed(code, pattern)
+    if code == ExitCode.INPUT_REFUSED and "not JSON" not in pattern:
+        pifa_deploy("ci", path, "--dry-run").failed(code, pattern)
     assert not (path.parent / "made").exists()
 
 

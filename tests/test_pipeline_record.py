@@ -76,6 +76,8 @@ def test_a_copy_with_other_times_is_the_same(root: Path) -> None:
         (lambda root: (root / "model/a/weights").rename(root / "model/weights"), "model is another"),
         (lambda root: (root / "model/more").write_text(""), "model is another"),
         (lambda root: (root / "in.txt").unlink(), "in.txt is gone"),
+        (lambda root: swap(root / "in.txt", "next"), "in.txt is another"),
+        (lambda root: (root / "made/bench.json").write_text("{"), "it is not as it was written"),
         (lambda root: (root / "made/bench.json").unlink(), "it is gone"),
         (lambda root: (root / "made/steps.json").unlink(), "nothing says what it was made from"),
     ],
@@ -85,6 +87,16 @@ def test_another_content_of_the_same_size_and_a_missing_file_are_told(
 ) -> None:
     edit(root)
     assert change(root) == expected
+
+
+def swap(path: Path, text: str) -> None:
+    """Puts another file in the place of one as `cp -p` and `rsync -t` do, with the time of the one before."""
+    before = path.stat()
+    other = path.with_name("other")
+    other.write_text(text)
+    os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+    other.replace(path)
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
 
 
 def test_what_other_programs_leave_in_a_folder_does_not_count(root: Path) -> None:
@@ -179,6 +191,7 @@ def test_a_file_is_hashed_again_only_after_a_change(root: Path, monkeypatch: pyt
         {"machine": []},
         {"command": "bench"},
         {"version": None},
+        {"result": None},
     ],
 )
 def test_an_entry_that_is_not_whole_counts_as_none(root: Path, edit: dict[str, object]) -> None:
@@ -190,7 +203,7 @@ def test_an_entry_that_is_not_whole_counts_as_none(root: Path, edit: dict[str, o
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[]", "{}", '{"schema": 1, "steps": {}}', '{"schema": 2, "steps": 3, "hashes": 4}']
+    "text", ["", "[]", "{}", '{"schema": 1, "steps": {}}', '{"schema": 3, "steps": 3, "hashes": 4}']
 )
 def test_a_file_that_is_no_record_counts_as_none(root: Path, text: str) -> None:
     (root / "made/steps.json").write_text(text)

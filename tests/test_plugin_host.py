@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,9 @@ pytest_plugins = ("plugin_fixtures",)
 
 
 @pytest.fixture(scope="module")
-def host(plugin_build: Path) -> Path:
+def host(plugin_programs: Callable[..., Path]) -> Path:
     """plugins/tests/host.cpp, and the plugin before made-up kernels, both with address and undefined sanitizers."""
-    command = ["cmake", "--build", str(plugin_build), "--target", "host", "fake_plugin", "twin_plugin"]
-    command.append("host_on_twins")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return plugin_build / "tests" / "host"
+    return plugin_programs("host", "fake_plugin", "twin_plugin", "host_on_twins") / "host"
 
 
 def run(host: Path, library: Path) -> str:

@@ -308,7 +308,9 @@ def test_info_of_nothing_built_is_a_machine_that_lacks_something(
     assert "run `pifa-deploy plugin build`" in outcome.err
 
 
-def test_build_reuses_what_was_compiled(pifa_deploy: Callable[..., Outcome], library: Path) -> None:
+def test_build_reuses_what_was_compiled(
+    pifa_deploy: Callable[..., Outcome], library: Path, alone_in_build: None
+) -> None:
     before = library.stat().st_mtime_ns
     arguments = ("--archs", ARCHITECTURE, "--fetch-headers", "--jobs", "1", "--json", "-")
     outcome = pifa_deploy("plugin", "build", library.parent, *arguments)

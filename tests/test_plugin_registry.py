@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,8 @@ def test_bad_fields_give_no_plugin_and_a_message_that_names_the_layer(said: dict
 
 
 @pytest.fixture(scope="module")
-def registry_host(plugin_build: Path) -> Path:
-    command = ["cmake", "--build", str(plugin_build), "--target", "registry_host"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return plugin_build / "tests" / "registry_host"
+def registry_host(plugin_programs: Callable[..., Path]) -> Path:
+    return plugin_programs("registry_host") / "registry_host"
 
 
 def runtime_library(flavour: str) -> Path:

@@ -13,8 +13,9 @@ from decoder_fixtures import SIZES, dense_decoder, export, factorised_decoder, p
 
 from pifa_deploy.errors import MissingCapabilityError
 from pifa_deploy.onnx_folder import open_folder
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 from pifa_deploy.polygraphy_runners import _runner_class, onnxruntime_runner, polygraphy_runner, prefill_feed
-from pifa_deploy.runners import OnnxRuntimeRunner, TorchRunner
+from pifa_deploy.torch_runner import TorchRunner
 
 REASON = "Polygraphy is not installed: pip install 'pifa-deploy[rtx]'"
 

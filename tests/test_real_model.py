@@ -83,7 +83,7 @@ def test_demo_passes_every_gate_and_shows_every_variant(model_file, tmp_path):
     # Equal density: equal bytes within rounding of the rank, and PIFA has the better model for them.
     assert abs(low_rank[1] - pifa[1]) < 0.01 * dense[1]
     assert dense[3] < pifa[3] < low_rank[3]
-    assert json.loads((tmp_path / "demo" / "report.json").read_text())["passed"]
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text())["passed"]
     for capability in ("8.6", "8.9", "12.0"):
         assert capability in report.engine["compute_capabilities"]
 

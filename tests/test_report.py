@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 from cli_fixtures import Outcome
-from report_fixtures import bench, evaluation, tasks, verification, write
+from report_fixtures import KINDS, bench, evaluation, profile, tasks, verification, write
 from test_proof import TOLD, engine
 
 from pifa_deploy.cli import console
@@ -29,11 +29,13 @@ from pifa_deploy.report_quality import parity_tables, tasks_tables
 from pifa_deploy.report_schema import REPORT, json_schema
 from pifa_deploy.report_stages import Source
 from pifa_deploy.report_tables import figures_table, gates_table, rivals_table
+from pifa_deploy.report_times import profiles_of
 from pifa_deploy.report_variants import Estimate, variants_of
 
 pytest_plugins = ("cli_plugin",)
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+PUBLISHED = sorted((DOCS.parent / "perf" / "results" / "smollm2_ci").glob("*.json"))
 HOSTILE = '<script>alert("x")</script>|`*_&\x00'
 
 
@@ -162,13 +164,35 @@ def test_a_report_outside_the_schema_is_refused_by_name(
     assert "\n" not in str(caught.value)
 
 
+def without(content: dict[str, Any], field: str) -> dict[str, Any]:
+    return {name: value for name, value in content.items() if name != field}
+
+
+def rounds(times: list[float]) -> dict[str, Any]:
+    """A bench one of whose rows has these times of rounds, and as many launches as the others."""
+    content = bench()
+    content["cases"][0]["rows"][1]["round_ms"] = times
+    return content
+
+
+PROFILE_OF_NO_CASE = r"profiles are of \['prefill 1'\], which is none of its 3 cases; run bench again"
+
+
 @pytest.mark.parametrize(
     ("kind", "content", "message"),
     [
         ("bench", bench(schema=2), r"schema is 2, this program reads 1; update pifa-deploy"),
         ("bench", evaluation(), r"artefact is 'evaluation', expected 'bench'; give what `pifa-deploy bench --json`"),
         ("evaluate", bench(), r"artefact is 'bench', expected 'evaluation'"),
-        ("verify", bench(), r"artefact is 'bench', expected 'verification'"),
+        ("verify", bench(), r"artefact is 'bench', expected 'verify'; give what `pifa-deploy verify --json` wrote"),
+        ("verify", without(verification(), "artefact"), r"artefact is None, expected 'verify'"),
+        ("verify", verification(artefact="verification"), r"artefact is 'verification', expected 'verify'"),
+        ("verify", without(verification(), "schema"), r"schema is None, this program reads 2; make it again"),
+        ("verify", without(verification(), "levels"), r"verify\.levels is None, expected a value"),
+        ("tasks", without(tasks(), "schema"), r"schema is None, this program reads 1; make it again"),
+        ("bench", rounds([]), r"rows of prefill 128 have \[0, 20\] times of rounds, expected as many in each, 2 or"),
+        ("bench", rounds([0.0] * 20), r"expected as many in each, 2 or more, all above 0; run bench again"),
+        ("bench", bench(layers=[profile("prefill 1", {name: name for name in KINDS})]), PROFILE_OF_NO_CASE),
         ("bench", bench(baseline="nobody"), r"rows or baseline name \['nobody'\]; run bench again"),
         ("bench", bench(names={"pifa": "dense"}), r"name one of them twice"),
         ("bench", bench(cases=[{"phase": "prefill"}]), r"bench\.cases\[0\]\.\w+ is None, expected a value"),
@@ -202,12 +226,19 @@ def test_a_missing_file_and_two_of_one_name_are_told(tmp_path: Path) -> None:
         ReportOptions(sources=())
 
 
-def test_a_report_from_before_there_were_tasks_is_read(whole: dict[str, Any], tmp_path: Path) -> None:
-    stages = {kind: entries for kind, entries in whole["stages"].items() if kind != "tasks"}
-    (tmp_path / "report.json").write_text(json.dumps({**whole, "stages": stages}))
-    assert "tasks" not in read_report(tmp_path)["stages"]
-    assert "<summary>Tasks</summary>" not in markdown(read_report(tmp_path))
-    assert "<summary>Tasks</summary>" in markdown(whole)
+def test_a_report_from_before_there_were_tasks_is_refused_in_one_line(whole: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps({**whole, "stages": without(whole["stages"], "tasks")}))
+    with pytest.raises(InputRefusedError, match=r"report\.json: report\.stages\.tasks is None, expected a") as caught:
+        read_report(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
+def test_published_results_can_be_reported(file: Path) -> None:
+    kind = "evaluate" if file.stem == "evaluate" else "bench"
+    report = make_report(ReportOptions(sources=(Source(kind=kind, label=None, path=file),)))
+    assert jsonschema.Draft202012Validator(json_schema()).is_valid(report)
+    assert len(list(profiles_of(report))) == (0 if kind == "evaluate" else 2)
 
 
 # --- what is put together ---------------------------------------------------------------------------------------
@@ -284,6 +315,22 @@ def test_an_earlier_report_gives_the_figures_that_both_have(tmp_path: Path) -> N
     assert changed[0]["now"] == pytest.approx(2 * changed[0]["before"])
     assert "+100.0 %" in markdown(report)
     assert report["verdict"] == "passed"
+    for page in (markdown(report), html_page(report)):
+        assert "another machine" not in page
+
+
+def test_a_report_says_that_times_of_another_machine_are_not_judged(tmp_path: Path) -> None:
+    other = bench()
+    other["environment"] = {**other["environment"], "cpu": "another"}
+    write_report(report_of(tmp_path, bench=other), tmp_path / "old")
+    sources = (Source(kind="bench", label=None, path=write(tmp_path, bench=bench())["bench"]),)
+    report = make_report(ReportOptions(sources=sources, baseline=tmp_path / "old", max_regression=0.05))
+    assert {each["unit"] for each in report["changes"] if not each["comparable"]} == {"ms"}
+    judged = " ".join(gate["name"] for gate in report["gates"] if gate["stage"] == "baseline")
+    assert "speed-up" in judged
+    assert "median" not in judged
+    for page in (markdown(report), html_page(report)):
+        assert "The earlier times are of another machine: no gate judges them." in page
 
 
 @pytest.mark.parametrize(
@@ -355,7 +402,7 @@ def test_tasks_are_gates_and_a_table(tmp_path: Path, passed: bool | None, verdic
 def test_markdown_fits_a_comment(tmp_path: Path) -> None:
     case = bench()["cases"][0]
     many = [{**case, "tokens": 100 + i} for i in range(200)]
-    text = markdown(report_of(tmp_path, bench=bench(cases=many), verify=verification()))
+    text = markdown(report_of(tmp_path, bench=bench(cases=many, layers=[]), verify=verification()))
     assert len(text) < 65_536
     assert text.endswith("this comment has reached its length.\n")
     assert text.count("<details>") == text.count("</details>")
@@ -461,7 +508,9 @@ def test_the_example_is_one_small_page_that_loads_nothing() -> None:
 
 def test_bad_input_is_one_line(pifa_deploy: Callable[..., Outcome], tmp_path: Path) -> None:
     pifa_deploy("report", "--out", tmp_path / "o").failed(2, "there is nothing to report")
-    pifa_deploy("report", "--verify", "=x", "--out", tmp_path / "o").failed(2, "expected PATH or NAME=PATH")
+    pifa_deploy("report", "--verify", "=x", "--out", tmp_path / "o").failed(
+        2, r"--verify is '=x', expected \[NAME=\]PATH"
+    )
     (tmp_path / "old.json").write_text(json.dumps({"artefact": "report", "schema": 7}))
     given = ["--verify", write(tmp_path, v=verification())["v"], "--out", tmp_path / "o"]
     pifa_deploy("report", *given, "--baseline-report", tmp_path / "old.json").failed(

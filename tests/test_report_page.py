@@ -180,13 +180,15 @@ def test_plots_have_names_and_the_page_an_outline(browser: Any, page_file: Path)
 
 def test_the_policy_of_the_page_stops_requests(browser: Any, page_file: Path) -> None:
     with Opened(browser, page_file, SIZES["desktop"], "light") as opened:
-        stopped = opened.page.evaluate(
-            """() => new Promise(done => {
-                document.addEventListener("securitypolicyviolation", event => done(event.effectiveDirective));
-                setTimeout(() => done("nothing was stopped"), 2000);
-                new Image().src = "http://127.0.0.1:9/x.png";
-            })"""
-        )
+        # The browser tells of it to the page and to its debugger, whichever first.
+        with opened.page.expect_event("requestfailed"):
+            stopped = opened.page.evaluate(
+                """() => new Promise(done => {
+                    document.addEventListener("securitypolicyviolation", event => done(event.effectiveDirective));
+                    setTimeout(() => done("nothing was stopped"), 2000);
+                    new Image().src = "http://127.0.0.1:9/x.png";
+                })"""
+            )
         assert stopped == "img-src"
         assert opened.stopped == [("http://127.0.0.1:9/x.png", "csp")]
 

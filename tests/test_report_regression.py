@@ -25,6 +25,13 @@ def decided(
     return {decision["name"].split(",")[0].removeprefix("pifa: "): decision["passed"] for decision in found}
 
 
+def nothing(before: list[dict[str, Any]], now: list[dict[str, Any]], *, cpu: str = "a") -> str:
+    """Returns why nothing is decided."""
+    (decision,) = regressions({"figures": before, "stages": stages("a")}, now, stages(cpu), 0.05)
+    assert decision["passed"] is None
+    return str(decision["reason"])
+
+
 @pytest.mark.parametrize(
     ("before", "now", "better", "expected"),
     [
@@ -49,11 +56,19 @@ def test_figures_pass_up_to_the_limit_in_their_own_direction() -> None:
 def test_times_are_compared_on_the_same_machine_only() -> None:
     before, now = [figure("prefill", 10.0, "ms")], [figure("prefill", 20.0, "ms")]
     assert decided(before, now) == {"prefill": False}
-    assert decided(before, now, cpus=("a", "b")) == {}
+    reason = "the earlier report has nothing to compare with: times of another machine are not judged"
+    assert nothing(before, now, cpu="b") == reason
+    weights = figure("weights", 100, "bytes")
+    assert decided([*before, weights], [*now, weights], cpus=("a", "b")) == {"weights": True}
 
 
 def test_rounding_noise_is_not_compared() -> None:
-    assert decided([figure("mean KL", 1e-10, "nats")], [figure("mean KL", 3e-10, "nats")]) == {}
+    kl = [[figure("mean KL", value, "nats")] for value in (1e-10, 3e-10)]
+    assert nothing(*kl) == "the earlier report has nothing to compare with"
+
+
+def test_a_report_without_figures_decides_nothing() -> None:
+    assert nothing([], [figure("weights", 100, "bytes")]) == "the earlier report has nothing to compare with"
 
 
 def test_a_figure_that_is_gone_is_not_decided() -> None:

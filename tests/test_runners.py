@@ -26,8 +26,8 @@ from onnx_ir import Model
 from pifa_deploy.decoder_step import filled_cache
 from pifa_deploy.errors import ExitCode, MissingCapabilityError, StageFailedError
 from pifa_deploy.onnx_folder import open_folder
-from pifa_deploy.onnx_runner import _session, check_provider
-from pifa_deploy.runners import OnnxRuntimeRunner, TorchRunner
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner, _session, check_provider
+from pifa_deploy.torch_runner import TorchRunner
 
 # Two layers of about 30 roundings, each amplified by row norms of about 2.
 LIMIT = 2 * 30 * 2 * float(torch.finfo(torch.float32).eps)

@@ -69,7 +69,7 @@ def test_a_seed_draws_the_same_tokens_again() -> None:
     assert draws[0] == draws[1] != draws[2]
 
 
-@pytest.mark.filterwarnings("error")
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 @pytest.mark.parametrize("top_p", [1.0, 0.5])
 @pytest.mark.parametrize("top_k", [0, 3])
 @pytest.mark.parametrize("temperature", [5e-324, 1e-320, 1e-300])

@@ -19,7 +19,7 @@ from sparse_fixtures import INTERMEDIATE, prune, save_sparse
 from pifa_deploy.errors import InputRefusedError
 from pifa_deploy.onnx_export import ExportOptions, export_checkpoint
 from pifa_deploy.onnx_folder import OnnxFolder, open_folder
-from pifa_deploy.runners import OnnxRuntimeRunner
+from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 
 pytest_plugins = ("cli_plugin",)
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pifa_deploy.layer_profile import LayerProfile
     from pifa_deploy.proof import ProofDecision
 
+_GATE = "NAME=X such as pifa=1.2"
 _PREFILL, _DECODE = (128, 512), (128,)
 _CLOCK = ("warm_up_ms", "iterations", "duration_s", "rounds", "seed")
 _NOT_CHOOSING = (
@@ -54,7 +55,7 @@ _MODULES = {
 @click.option("--launch-us", type=float, help="Cost of a kernel to bound by; assumed by GPU if left out.")
 @click.option("--measure-limits", is_flag=True, help="Bound by what this CPU reaches by itself, measured first.")
 @click.option("--gate-speed-up", multiple=True, metavar="NAME=X", help="Fail where the interval reaches below X.")
-@click.option("--max-spread", type=float, help="Largest coefficient of variation; 0.025 is warned of.")
+@click.option("--max-spread", type=float, help="Largest coefficient of variation, a gate beside others.")
 @click.option("--require-precision", type=click.Choice(console.PRECISIONS), help="Widest of engines' matrix products.")
 @click.option("--require-plugin", is_flag=True, help="Every PIFA module of an engine must be in a plugin layer.")
 @click.option("--require-sparse", is_flag=True, help="An engine's build log must show that sparse kernels were picked.")
@@ -102,7 +103,7 @@ def bench_command(places: tuple[str, ...], json_path: Path | None, **flags: Any)
         console.summary(_verdict(decision), json_path)
     if report.passed is None and report.decisions:
         return ExitCode.NOT_DECIDED
-    return ExitCode.PASSED if report else ExitCode.GATE_FAILED
+    return ExitCode.GATE_FAILED if report.passed is False else ExitCode.PASSED
 
 
 def _verdict(decision: Decision | ProofDecision) -> str:
@@ -196,13 +197,13 @@ def _gates(given: tuple[str, ...]) -> dict[str, float]:
     """Returns name -> limit of NAME=X arguments."""
     found = {}
     for gate in given:
-        name, _, limit = gate.rpartition("=")
+        name, limit = console.split_named(gate, "--gate-speed-up", _GATE)
+        if name in found:
+            raise ValueError(f"--gate-speed-up names {name!r} twice, expected one limit for each")
         try:
             found[name] = float(limit)
         except ValueError:
-            name = ""
-        if not name:
-            raise ValueError(f"--gate-speed-up is {gate!r}, expected NAME=X such as pifa=1.2")
+            raise ValueError(f"--gate-speed-up is {gate!r}, expected {_GATE}") from None
     return found
 
 

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from pifa_deploy.cli import console
-from pifa_deploy.errors import ExitCode, InputRefusedError, MisfitError
+from pifa_deploy.errors import ExitCode, InputRefusedError
 from pifa_deploy.pipeline_file import STAGES, known_keys, read_pipeline
 
 if TYPE_CHECKING:
     from pifa_deploy.pipeline import Outcome
-    from pifa_deploy.pipeline_file import PipelineFile
 
 # What ci itself gives to the commands, and what is no part of a pipeline.
 _OWN_FLAGS = ("json_path", "force", "out", "reference", "undecided")
@@ -29,6 +28,7 @@ _OWN_FLAGS_OF = {
 _OWN_KEYS = {"bench": ("contenders",), "tasks": ("contenders", "artefact")}
 _BESIDE = {"tasks": "compare-tasks", "compare-tasks": "tasks"}
 _RESULTS = {ExitCode.PASSED: "passed", ExitCode.GATE_FAILED: "FAILED", ExitCode.NOT_DECIDED: "not decided"}
+_NOTHING = "nothing was gated"
 
 
 @click.command("ci")
@@ -42,17 +42,17 @@ def ci_command(file: Path, stage: str, dry_run: bool, show_folder: bool, force: 
     """Compress or import, export, verify, build, evaluate, run tasks, bench and report what FILE asks for.
 
     A step whose output stands for the same inputs is kept. Exit code 1 when a gate of any step failed, 3 when nothing
-    failed but something was not decided. A run that ends otherwise leaves no report.
+    failed but something was not decided or nothing had a gate, 7 while another run has the output folder. A run that
+    ends otherwise leaves no report.
     """
     pipeline = read_pipeline(file)
     if show_folder:
         click.echo(os.path.relpath(pipeline.path.parent / pipeline.output))
         return ExitCode.PASSED
     from pifa_deploy.cli.ci_checks import check_files, check_options
-    from pifa_deploy.pipeline import remove_report, require_gpu, run_steps, verdict
+    from pifa_deploy.pipeline import held_output, remove_report, require_gpu, run_steps
     from pifa_deploy.pipeline_steps import steps_of
 
-    _check_targets(pipeline)
     # Both stages, so that a mistake in the other one is not found on the other machine.
     stages = {name: steps_of(pipeline, name, arguments_of) for name in STAGES}
     steps, others = stages.pop(stage), [step for step in next(iter(stages.values())) if not step.reports]
@@ -61,39 +61,38 @@ def ci_command(file: Path, stage: str, dry_run: bool, show_folder: bool, force: 
         for step in steps:
             click.echo(shlex.join(("pifa-deploy", *step.command(lambda place: True))))
         return ExitCode.PASSED
-    if pipeline.report is not None:
-        remove_report(pipeline)
-    if stage == "gpu":
-        require_gpu()
-    check_files(pipeline, steps)
-    outcomes = run_steps(
-        pipeline, steps, others=others, force=force, say=lambda line: click.echo(f"== {line}", err=True)
-    )
-    code = verdict(outcomes)
+    with held_output(pipeline):
+        if pipeline.report is not None:
+            remove_report(pipeline)
+        if stage == "gpu":
+            require_gpu()
+        check_files(pipeline, steps)
+        outcomes = run_steps(
+            pipeline, steps, others=others, force=force, say=lambda line: click.echo(f"== {line}", err=True)
+        )
+    return _shown(outcomes, f"{file}, stage {stage}", json_path)
+
+
+def _shown(outcomes: list[Outcome], what: str, json_path: Path | None) -> int:
+    """Shows what came of the steps; returns the exit code."""
+    from pifa_deploy.pipeline import verdict
+
+    found = verdict(outcomes)
+    code = ExitCode.NOT_DECIDED if found is None else found
     console.result({"artefact": "ci", "schema": 1, "verdict": _RESULTS[code], "steps": _listed(outcomes)}, json_path)
     for outcome in outcomes:
         if outcome.step.judges:
-            click.echo(f"{_RESULTS[ExitCode(outcome.exit_code)]}: {outcome.step.title}", err=True)
-    console.summary(f"{file}, stage {stage}: {_RESULTS[code]}", json_path)
+            click.echo(f"{_result(outcome)}: {outcome.step.title}", err=True)
+    console.summary(f"{what}: {_RESULTS[code]}{f', {_NOTHING}' if found is None else ''}", json_path)
     return code
 
 
-def _check_targets(pipeline: PipelineFile) -> None:
-    """Raises InputRefusedError for a GPU in [build] that nobody knows or that its backend does not build for."""
-    from pifa_deploy.targets import RTX, capabilities
-
-    for variant in pipeline.variants:
-        table = variant.build or {}
-        names = table.get("target", [])
-        explicit = str(table.get("compute-capabilities", table.get("compute_capabilities", "")))
-        try:
-            capabilities(
-                tuple(names if isinstance(names, list) else [names]),
-                tuple(part.strip() for part in explicit.split(",") if part.strip()),
-                backend=table.get("backend", RTX),
-            )
-        except (ValueError, MisfitError) as error:
-            raise InputRefusedError(f"{pipeline.path}: [build] of {variant.name}: {error}") from None
+def _result(outcome: Outcome) -> str:
+    """Returns what is said of a step: "passed" only where something was judged."""
+    if outcome.ungated:
+        return f"{_RESULTS[ExitCode.NOT_DECIDED]}, {_NOTHING}" if outcome.step.reports else "measured"
+    judged = outcome.step.judges or outcome.exit_code
+    return _RESULTS[ExitCode(outcome.exit_code)] if judged else "made"
 
 
 def arguments_of(name: str, table: Mapping[str, Any], where: str) -> list[str]:
@@ -111,6 +110,8 @@ def arguments_of(name: str, table: Mapping[str, Any], where: str) -> list[str]:
         if key.replace("_", "-") not in options:
             continue
         option = options[key.replace("_", "-")]
+        if value == []:
+            raise InputRefusedError(f"{where}: {key} is [], expected a value; leave the key out for the default")
         if isinstance(value, list) and not option.multiple:
             raise InputRefusedError(f"{where}: {key} is {value!r}, expected one value")
         for one in value if isinstance(value, list) else [value]:
@@ -149,6 +150,12 @@ def _argument(option: click.Option, value: Any, where: str) -> list[str]:
 
 def _listed(outcomes: list[Outcome]) -> list[dict[str, Any]]:
     return [
-        {"title": one.step.title, "output": str(one.step.output), "exit_code": one.exit_code, "kept": one.kept}
+        {
+            "title": one.step.title,
+            "output": str(one.step.output),
+            "exit_code": one.exit_code,
+            "kept": one.kept,
+            "result": _result(one),
+        }
         for one in outcomes
     ]

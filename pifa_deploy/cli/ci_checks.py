@@ -10,9 +10,10 @@ import click
 
 from pifa_deploy.cli import console
 from pifa_deploy.cli.bench import bench_options
-from pifa_deploy.cli.check import labelled_texts
-from pifa_deploy.cli.make import compress_options
-from pifa_deploy.errors import InputMissingError, InputRefusedError
+from pifa_deploy.cli.check import labelled_texts, taken_gates, verify_options
+from pifa_deploy.cli.make import build_options, compress_options
+from pifa_deploy.cli.report import report_options
+from pifa_deploy.errors import InputMissingError, InputRefusedError, MisfitError
 from pifa_deploy.pipeline_file import PipelineFile
 from pifa_deploy.pipeline_step import Step, within
 
@@ -26,21 +27,14 @@ _READ = {
     "tasks": ("include_path",),
 }
 _NO_FILES = ("mixture", "auto")
-_NO_OPTIONS = ("places", "checkpoints", "text", "json_path", "plan", "generated")
 
 
 def check_options(file: PipelineFile, steps: Sequence[Step]) -> None:
-    """Raises InputRefusedError for options that compress, evaluate or bench would refuse whatever the model."""
+    """Raises InputRefusedError for options that a step's command would refuse whatever the model."""
     for step in steps:
-        given = _given(step)
         try:
-            if step.arguments[0] == "compress":
-                compress_options(given)
-            elif step.arguments[0] == "evaluate":
-                _check_evaluation(given)
-            elif step.arguments[0] == "bench":
-                _check_bench(given)
-        except (ValueError, click.UsageError) as error:
+            _check(step.arguments[0], _given(step))
+        except (ValueError, click.UsageError, MisfitError) as error:
             raise InputRefusedError(f"{file.path}: {step.title}: {error}") from None
 
 
@@ -70,11 +64,16 @@ def _given(step: Step) -> dict[str, Any]:
     """Returns the parameters of a step's command as that would get them; files that it would write are not tried."""
     from pifa_deploy.cli.main import cli
 
-    name, *arguments = step.arguments
+    name, *arguments = step.command(lambda place: True)
     # With the group's settings: a command keeps the names of its help option from its first context.
     group = click.Context(cli, **cli.context_settings)
     command = cli.get_command(group, name)
-    return {} if command is None else command.make_context(name, arguments, group, resilient_parsing=True).params
+    assert command is not None
+    given = command.make_context(name, arguments, group, resilient_parsing=True).params
+    lacking = [parameter.name for parameter in command.params if parameter.required and not given[str(parameter.name)]]
+    if lacking:
+        raise ValueError(f"{lacking[0]} is missing, {name} needs it")
+    return given
 
 
 def _texts(step: Step, value: Any) -> list[str]:
@@ -84,20 +83,45 @@ def _texts(step: Step, value: Any) -> list[str]:
     return [str(one) for one in several]
 
 
+def _check(command: str, given: dict[str, Any]) -> None:
+    """Makes a command's options as that would."""
+    if command == "compress":
+        compress_options(given)
+    elif command == "export":
+        from pifa_deploy.onnx_export import ExportOptions
+
+        ExportOptions(**_but(given, "checkpoint", "out"))
+    elif command == "build":
+        build_options({**_but(given, "onnx", "out", "plugin"), "plugin_library": None})
+    elif command == "verify":
+        asked = taken_gates(given)
+        # What the limits of a dtype are does not count: they are those that were not given.
+        verify_options(_but(given, "onnx", "saved"), asked, "fp32")
+    elif command == "evaluate":
+        from pifa_deploy.evaluation import EvaluateOptions
+
+        labelled_texts(given["text"])
+        EvaluateOptions(**_but(given, "checkpoints", "text"))
+    elif command == "tasks":
+        from pifa_deploy.task_run import TaskRunOptions
+
+        TaskRunOptions(**_but(given, "model", "out", "force"))
+    elif command == "compare-tasks":
+        from pifa_deploy.task_comparison import TaskOptions
+
+        TaskOptions(**_but(given, "reference", "candidate"))
+    elif command == "bench":
+        _check_bench(given)
+    elif command == "report":
+        report_options(given)
+
+
 def _check_bench(given: dict[str, Any]) -> None:
-    options = bench_options(_options(given))
-    names = console.named(given["places"], str)
-    for name in (options.baseline, *options.gates.speed_up):
-        if name is not None and name not in names:
-            raise ValueError(f"{name!r} is no contender, expected one of {', '.join(names)}")
+    options = bench_options(given)
+    from pifa_deploy.bench import baseline_of
+
+    baseline_of(tuple(console.named(given["places"], str)), options)
 
 
-def _check_evaluation(given: dict[str, Any]) -> None:
-    from pifa_deploy.evaluation import EvaluateOptions
-
-    labelled_texts(given["text"])
-    EvaluateOptions(**_options(given))
-
-
-def _options(given: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in given.items() if name not in _NO_OPTIONS}
+def _but(given: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name not in (*names, "json_path")}

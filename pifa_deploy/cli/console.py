@@ -121,23 +121,46 @@ def command_line() -> str:
     return shlex.join(words)
 
 
-def named(places: Sequence[str], default: Callable[[str], str]) -> dict[str, str]:
-    """Returns name -> place of PLACE and NAME=PLACE arguments.
+def split_named(given: str, option: str, form: str) -> tuple[str, str]:
+    """Returns name and value of a NAME=VALUE argument; the first "=" ends the name.
 
     Args:
-        places: as given; an existing path is taken whole, "=" and all.
+        given: the argument.
+        option: what it was given to, for the error.
+        form: what is expected there. With "[NAME=]" in front the value is a path whose name may be left out: the
+            name is "" then, and a path that exists is taken whole, "=" and all.
+
+    Raises:
+        ValueError: an empty name or value.
+    """
+    name, equals, value = given.partition("=")
+    if form.startswith("[") and given and (not equals or Path(given).exists()):
+        return "", given
+    if not name or not value:
+        raise ValueError(f"{option} is {given!r}, expected {form}")
+    return name, value
+
+
+def named(
+    places: Sequence[str], default: Callable[[str], str], *, option: str = "PLACE", form: str = "[NAME=]PLACE"
+) -> dict[str, str]:
+    """Returns name -> place of arguments as `split_named` takes them.
+
+    Args:
+        places: the arguments.
         default: place -> its name where none is given.
+        option: see `split_named`.
+        form: see `split_named`.
 
     Raises:
         ValueError: an empty name or place, or two of one name.
     """
     found: dict[str, str] = {}
     for given in places:
-        name, equals, place = given.partition("=")
-        if not equals or Path(given).exists():
-            name, place = default(given), given
-        if not name or not place:
-            raise ValueError(f"{given!r} is no model, expected PLACE or NAME=PLACE")
+        name, place = split_named(given, option, form)
+        name = name or default(place)
+        if not name:
+            raise ValueError(f"{option} is {given!r}, which gives no name; name it as NAME={given}")
         if name in found:
             raise ValueError(f"{found[name]} and {place} are both named {name!r}; name one as NAME={place}")
         found[name] = place

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from pifa_deploy import __version__
-from pifa_deploy.cli.interruption import Terminated, interruptions_noticed
+from pifa_deploy.cli.interruption import Interruptions, Terminated, interruptions_noticed
 from pifa_deploy.errors import ExitCode, PifaDeployError
 
 # A command's module is imported when the command is called: `--help` must not wait for torch.
@@ -88,9 +88,15 @@ def run(arguments: Sequence[str]) -> int:
     # Other libraries draw their progress bars into log files too.
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")
+    # Signals are taken until the line is out: torchrun sends SIGTERM to a process that is telling what failed.
+    with interruptions_noticed() as interruptions:
+        return _run(list(arguments), interruptions, debug)
+
+
+def _run(arguments: list[str], interruptions: Interruptions, debug: bool) -> int:
     try:
-        with interruptions_noticed():
-            code: Any = cli.main(list(arguments), prog_name="pifa-deploy", standalone_mode=False)
+        with interruptions.raised():
+            code: Any = cli.main(arguments, prog_name="pifa-deploy", standalone_mode=False)
         return int(code or 0)
     except click.exceptions.Exit as stop:
         return stop.exit_code

@@ -18,6 +18,7 @@ from pifa_deploy.errors import OutputError
 
 if TYPE_CHECKING:
     from pifa_deploy.compression import CompressOptions, LayerReport
+    from pifa_deploy.engine import BuildOptions
     from pifa_deploy.layouts import LayoutSummary
 
 # As in pifa_deploy.compression, which a `--help` must not wait for; a test compares the two.
@@ -253,12 +254,11 @@ def build_command(
     Without --plugin the nodes become plain operations; with it the engine needs that library wherever it runs. auto is
     the library of PIFA_PLUGIN_LIBRARY or of this checkout.
     """
-    from pifa_deploy.engine import BuildOptions, build_engines
+    from pifa_deploy.engine import build_engines
     from pifa_deploy.plugin_library import find_library
 
-    explicit = tuple(part.strip() for part in compute_capabilities.split(",") if part.strip())
     library = find_library(None if str(plugin) == "auto" else plugin) if plugin else None
-    chosen = BuildOptions(compute_capabilities=explicit, plugin_library=library, **options)
+    chosen = build_options({**options, "compute_capabilities": compute_capabilities, "plugin_library": library})
     with console.stage(f"build {onnx}"):
         record = build_engines(onnx, out, chosen)
     console.result(record.to_json(), json_path)
@@ -268,3 +268,11 @@ def build_command(
         f"{len(record.layers)} layers, {record.seconds:.1f} s, peak {record.peak_rss_bytes / 1e6:.0f} MB",
         json_path,
     )
+
+
+def build_options(flags: dict[str, Any]) -> BuildOptions:
+    """Returns the options that the command line asks for."""
+    from pifa_deploy.engine import BuildOptions
+
+    explicit = tuple(part.strip() for part in flags["compute_capabilities"].split(",") if part.strip())
+    return BuildOptions(**{**flags, "compute_capabilities": explicit})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ from pifa_deploy.cli import console
 from pifa_deploy.errors import ExitCode
 
 if TYPE_CHECKING:
+    from pifa_deploy.report import ReportOptions
     from pifa_deploy.report_stages import Source
 
 _EXIT = {"passed": ExitCode.PASSED, "failed": ExitCode.GATE_FAILED, "not decided": ExitCode.NOT_DECIDED}
@@ -33,22 +35,10 @@ _EXIT = {"passed": ExitCode.PASSED, "failed": ExitCode.GATE_FAILED, "not decided
 )
 @click.option("--require-plugin", is_flag=True, help="Every PIFA module must be computed by a plugin layer.")
 @click.option("--require-sparse", is_flag=True, help="The build log must show that sparse kernels were picked.")
-@click.option("--undecided", multiple=True, metavar="TITLE=REASON", help="What left no result; repeatable.")
+@click.option("--undecided", multiple=True, metavar="TITLE=REASON", hidden=True, help="What left no result; for ci.")
 @console.force_option
 @console.json_option
-def report_command(
-    out: Path,
-    title: str,
-    baseline_report: Path | None,
-    max_regression: float | None,
-    require_precision: str | None,
-    require_plugin: bool,
-    require_sparse: bool,
-    undecided: tuple[str, ...],
-    force: bool,
-    json_path: Path | None,
-    **given: tuple[str, ...],
-) -> int:
+def report_command(out: Path, force: bool, json_path: Path | None, **flags: Any) -> int:
     """Put the results of verify, bench, evaluate and compare-tasks and the contents of engines into one report.
 
     OUT gets report.json (docs/report.schema.json), report.md for a pull request, report.xml (JUnit) and report.html,
@@ -58,28 +48,33 @@ def report_command(
 
     Exit code 1 when a gate failed, 3 when there is none or one could not be decided; the report is written anyway.
     """
-    from pifa_deploy.proof import ProofGates
-    from pifa_deploy.report import ReportOptions, make_report, write_report
-    from pifa_deploy.report_stages import KINDS
+    from pifa_deploy.report import make_report, write_report
 
-    gates = ProofGates(precision=require_precision, plugin=require_plugin, sparse=require_sparse)
-    if gates != ProofGates() and not given["engine"]:
-        raise ValueError("--require-precision, --require-plugin and --require-sparse ask about engines; give --engine")
-    options = ReportOptions(
-        sources=tuple(_source(kind, place) for kind in KINDS for place in given[kind]),
-        title=title,
-        command=console.command_line(),
-        gates=gates,
-        baseline=baseline_report,
-        max_regression=max_regression,
-        undecided=tuple(map(_reason, undecided)),
-    )
-    report = make_report(options)
+    report = make_report(replace(report_options(flags), command=console.command_line()))
     write_report(report, out, force=force)
     if console.result(report, json_path):
         click.echo(_gates(report["gates"]))
     console.summary(f"{out}: {report['verdict']}", json_path)
     return _EXIT[report["verdict"]]
+
+
+def report_options(flags: dict[str, Any]) -> ReportOptions:
+    """Returns what the command line asks for, without the command line itself."""
+    from pifa_deploy.proof import ProofGates
+    from pifa_deploy.report import ReportOptions
+    from pifa_deploy.report_stages import KINDS
+
+    gates = ProofGates(**{name: flags[f"require_{name}"] for name in ("precision", "plugin", "sparse")})
+    if gates.asked and not flags["engine"]:
+        raise ValueError("--require-precision, --require-plugin and --require-sparse ask about engines; give --engine")
+    return ReportOptions(
+        sources=tuple(_source(kind, place) for kind in KINDS for place in flags[kind]),
+        title=flags["title"],
+        gates=gates,
+        baseline=flags["baseline_report"],
+        max_regression=flags["max_regression"],
+        undecided=tuple(console.split_named(one, "--undecided", "TITLE=REASON") for one in flags["undecided"]),
+    )
 
 
 def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
@@ -88,20 +83,8 @@ def _gates(gates: Sequence[Mapping[str, Any]]) -> str:
     return console.table((*columns, "result"), rows)
 
 
-def _reason(given: str) -> tuple[str, str]:
-    title, _, reason = given.partition("=")
-    if not title or not reason:
-        raise ValueError(f"--undecided is {given!r}, expected TITLE=REASON")
-    return title, reason
-
-
-def _source(kind: str, place: str) -> Source:
-    """Returns the source of "NAME=PATH" or "PATH"; a path that exists is taken whole, "=" and all."""
+def _source(kind: str, given: str) -> Source:
     from pifa_deploy.report_stages import Source
 
-    label, equals, path = place.partition("=")
-    if not equals or Path(place).exists():
-        return Source(kind=kind, label=None, path=Path(place))
-    if not label or not path:
-        raise ValueError(f"--{kind} is {place!r}, expected PATH or NAME=PATH")
-    return Source(kind=kind, label=label, path=Path(path))
+    label, path = console.split_named(given, f"--{kind}", "[NAME=]PATH")
+    return Source(kind=kind, label=label or None, path=Path(path))
