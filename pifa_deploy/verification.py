@@ -20,12 +20,13 @@ from pifa_deploy.engine_record import EngineRecord, check_origin, read_engine_js
 from pifa_deploy.errors import InputRefusedError, MissingCapabilityError, PifaDeployError, first_line
 from pifa_deploy.graph_cut import CutGraph
 from pifa_deploy.logit_cases import Case, CaseOptions, cases, text_tokens
+from pifa_deploy.logit_difference import Comparison
 from pifa_deploy.low_rank_twin import build_twin_engine, low_rank_twin
 from pifa_deploy.model_folder import load_model
 from pifa_deploy.onnx_folder import OnnxFolder, open_folder
 from pifa_deploy.onnx_runner import DEVICES, OnnxRuntimeRunner
 from pifa_deploy.operator_parity import measure_operators
-from pifa_deploy.parity import RHO_LIMIT, Comparison, Gates, gates_for
+from pifa_deploy.parity import RHO_LIMIT, Gates, gates_for
 from pifa_deploy.source_parity import SourceWeights, measure_source
 from pifa_deploy.tensorrt_runner import TensorRTRunner
 from pifa_deploy.torch_runner import TorchRunner

@@ -30,10 +30,10 @@ from pifa_deploy.onnx_export import ExportOptions, export_checkpoint
 from pifa_deploy.onnx_folder import open_folder
 from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 from pifa_deploy.parity import gates_for, judge
+from pifa_deploy.saved_verification import judge_saved
 from pifa_deploy.targets import RTX
 from pifa_deploy.torch_runner import TorchRunner
 from pifa_deploy.verification import VerifyOptions, measure, open_twin, verify_folder
-from pifa_deploy.verification_report import judge_saved
 
 pytest_plugins = ("cli_plugin",)
 

@@ -12,19 +12,9 @@ import pytest
 from scipy.spatial.distance import cosine
 from scipy.special import log_softmax, rel_entr, softmax
 
+from pifa_deploy.logit_difference import Comparison, Difference, difference_from_json, json_figures, to_json
 from pifa_deploy.logit_rows import TOP1_GAP, blocks, bootstrap_interval
-from pifa_deploy.parity import (
-    DEFAULT_GATES,
-    Comparison,
-    Difference,
-    GateResult,
-    Gates,
-    Verdict,
-    difference_from_json,
-    json_figures,
-    judge,
-    to_json,
-)
+from pifa_deploy.parity import DEFAULT_GATES, GateResult, Gates, Verdict, judge
 
 SOUND = Difference(
     name="overall",

@@ -31,8 +31,8 @@ from pifa_deploy.model_folder import load_model
 from pifa_deploy.onnx_folder import open_folder
 from pifa_deploy.onnx_runner import OnnxRuntimeRunner
 from pifa_deploy.parity import DEFAULT_GATES, Gates
+from pifa_deploy.saved_verification import judge_saved
 from pifa_deploy.verification import VerifyOptions, verify_folder
-from pifa_deploy.verification_report import judge_saved
 
 SMALL = {
     "prefill_lengths": (1, 9, 30),

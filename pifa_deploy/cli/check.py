@@ -94,7 +94,7 @@ def verify_options(flags: dict[str, Any], asked: dict[str, float], dtype: str) -
 
 
 def _judge(saved: Path, asked: dict[str, float], rest: tuple[Path | None, Path | None], options: dict[str, Any]) -> int:
-    from pifa_deploy.verification_report import judge_saved
+    from pifa_deploy.saved_verification import judge_saved
 
     onnx, json_path = rest
     if onnx is not None or options["reference"] is not None or options["bisect"]:
