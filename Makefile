@@ -10,7 +10,7 @@ JOBS ?= $(shell n=$$(nproc); echo $$((n < 8 ? n : 8)))
 .PHONY: help demo test test-slow lint bench-export lean-runtimes plugin gpu-bundle clean
 
 help:
-	@echo "make demo       the whole flow on SmolLM2-135M, no GPU needed (about 13 minutes on 2 cores)"
+	@echo "make demo       the whole flow on SmolLM2-135M, no GPU needed (about 11 to 13 minutes on 2 cores)"
 	@echo "make test       the tests (about 9 minutes on 2 cores)"
 	@echo "make test-slow  the long checks"
 	@echo "make lint       ruff and mypy"
