@@ -330,7 +330,26 @@ def in_an_extension(action: Callable[[], object]) -> None:
     assert ctypes.pythonapi.PyRun_SimpleString(code.encode()) == -1
 
 
-@pytest.mark.parametrize("where", [in_a_finaliser, in_a_weak_reference, in_an_extension])
+def in_a_library(action: Callable[[], object]) -> None:
+    """Calls it as libraries import what they can do without."""
+    try:
+        try:
+            action()
+        except KeyboardInterrupt as error:
+            raise ImportError("half imported") from error
+    except ImportError:
+        pass
+
+
+def in_a_careless_library(action: Callable[[], object]) -> None:
+    with contextlib.suppress(BaseException):
+        action()
+
+
+PLACES = [in_a_finaliser, in_a_weak_reference, in_an_extension, in_a_library, in_a_careless_library]
+
+
+@pytest.mark.parametrize("where", PLACES)
 @pytest.mark.parametrize(
     ("number", "code", "line"), [(signal.SIGINT, INTERRUPTED, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
