@@ -29,3 +29,8 @@ def model_sha256(source: Path) -> str:
     for file in sorted(files, key=lambda path: path.name):
         digest.update(f"{file.name}:{file_sha256(file)}\n".encode())
     return digest.hexdigest()
+
+
+def sha256_if_there(path: Path) -> str | None:
+    """Returns `file_sha256`, None where there is no such file."""
+    return file_sha256(path) if path.is_file() else None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pifa_deploy.checkpoint import read_json_object
-from pifa_deploy.digest import file_sha256
+from pifa_deploy.digest import file_sha256, sha256_if_there
 from pifa_deploy.engine_schema import FILE, LAYER, POINTS, SCHEMA, check_engine_json
 from pifa_deploy.errors import InputMissingError, InputRefusedError, MisfitError
 from pifa_deploy.onnx_folder import MODEL_FILE, OnnxFolder, external_files
@@ -237,19 +237,15 @@ def check_origin(record: EngineRecord, engine: Path, folder: OnnxFolder) -> None
         )
     expected = dict(record.onnx_sha256)
     for name in record.tokenizer:
-        copied = _sha256(engine / name)
+        copied = sha256_if_there(engine / name)
         if copied is None:
             raise InputRefusedError(f"{engine / name} is not there, engine.json lists it; build the engine again")
         expected[name] = copied
     for name, digest in expected.items():
         file = folder.path / name
-        if (found := _sha256(file)) != digest:
+        if (found := sha256_if_there(file)) != digest:
             verb = "was built from" if name in record.onnx_sha256 else "has"
             raise InputRefusedError(
                 f"{engine}: {verb} a {name} with hash {digest[:12]}…, {file} "
                 f"{'has another' if found else 'is not there'}; name the ONNX folder it came from or build again"
             )
-
-
-def _sha256(file: Path) -> str | None:
-    return file_sha256(file) if file.is_file() else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pifa_deploy.digest import file_sha256
+from pifa_deploy.digest import sha256_if_there
 from pifa_deploy.genai_config import GENAI_FILE
 from pifa_deploy.onnx_folder import DATA_FILE, MODEL_FILE, OnnxFolder
 from pifa_deploy.tokenizer_files import CONFIG_FILE, TOKENIZER_FILES
@@ -31,19 +31,16 @@ def changed_files(folder: OnnxFolder, reference: Path | str | None = None) -> tu
     listed = folder.manifest.get("files", {})
     written = {name: entry["sha256"] for name, entry in listed.items() if name not in _NOT_COMPARED}
     # An export from the hub has no hash of its source, and a GGUF file is no folder: neither has copies.
-    is_copy = reference is not None and folder.manifest.get("source_sha256") and Path(reference).is_dir()
-    if not written and not is_copy:
+    source = Path(reference) if reference is not None and folder.manifest.get("source_sha256") else None
+    copied = TOKENIZER_FILES if source is not None and source.is_dir() else ()
+    if not written and not copied:
         return None
     found: dict[str, str] = {}
     for name in sorted({*written, CONFIG_FILE, *TOKENIZER_FILES}):
-        digest, original = _digest(folder.path / name), Path(str(reference)) / name
+        digest = sha256_if_there(folder.path / name)
         if written and digest != written.get(name):
             known = "is not as the export wrote it" if name in written else "was not there at the export"
             found[name] = known if digest else "is not there"
-        elif is_copy and name in TOKENIZER_FILES and digest and _digest(original) not in (digest, None):
+        elif source and name in copied and digest and sha256_if_there(source / name) not in (digest, None):
             found[name] = f"is not as in {reference}"
     return tuple(f"{name}: {why}" for name, why in found.items())
-
-
-def _digest(file: Path) -> str | None:
-    return file_sha256(file) if file.is_file() else None

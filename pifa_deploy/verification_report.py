@@ -147,7 +147,7 @@ def judge_levels(measured: Measured, gates: Gates) -> Verdict:
         logits = measured.logits
         results += judge(logits.overall, gates, kinds=logits.kinds, low_rank=logits.low_rank).gates
     if measured.bisection:
-        results += _judge_bisection(measured.bisection)
+        results += _judge_bisection(measured.bisection, gates)
     return Verdict(gates=tuple(results))
 
 
@@ -163,9 +163,10 @@ def _judge_source(source: SourceWeights, gates: Gates) -> list[GateResult]:
     return results
 
 
-def _judge_bisection(found: Bisection) -> list[GateResult]:
+def _judge_bisection(found: Bisection, gates: Gates) -> list[GateResult]:
+    limit = found.rho_limit if gates.rho is None else gates.rho
     parts = [at_most("bisection.parts", _largest(part.ratio for part in found.parts), found.limit)]
-    rho = [at_most("bisection.rho", _largest(found.operators.values()), found.rho_limit)] if found.operators else []
+    rho = [at_most("bisection.rho", _largest(found.operators.values()), limit)] if found.operators else []
     return [replace(decision, reason=found.first_bad_module()) for decision in (*parts, *rho)]
 
 

@@ -225,6 +225,18 @@ def test_a_bisection_has_the_gate_on_rho_as_its_limit(
     assert (found.first_bad_operator() is None) == (limit > 0)
 
 
+def test_a_saved_bisection_is_judged_by_the_gate_that_is_asked_for(
+    exported: Any, checkpoint: Path, tmp_path: Path
+) -> None:
+    options = options_with(tmp_path, count=128, bisect=True, levels=("weights",))
+    saved = tmp_path / "run.json"
+    saved.write_text(json.dumps(verify_folder(exported("fp32"), checkpoint, options).to_json()))
+    for rho, passed in ((2.0, True), (0.0, False)):
+        found = {gate.name: gate for gate in judge_saved(saved, {"rho": rho}).verdict.gates}
+        assert (found["bisection.rho"].limit, found["bisection.rho"].passed) == (rho, passed)
+        assert found["bisection.parts"].passed
+
+
 class TestPlainOps:
     def test_are_verified_layer_by_layer_too(self, exported: Any, checkpoint: Path, tmp_path: Path) -> None:
         report = verify_folder(exported("plain"), checkpoint, options_with(tmp_path, count=128, bisect=True))

@@ -65,8 +65,9 @@ def verify_command(onnx: Path | None, saved: Path | None, json_path: Path | None
     """Compare the ONNX folder in ONNX Runtime, or its engine, with its fp32 PyTorch checkpoint, on real text.
 
     Weights bit for bit, each PIFA layer against its rounding bound, then logits: prefills of several lengths, a padded
-    batch, teacher-forced decode steps through the cache, long prefills. Exit code 1 when a gate fails, 3 when the
-    installed ONNX Runtime cannot run the graph or a saved run did not measure what a gate asks for.
+    batch and steps behind it, teacher-forced decode steps, long sequences through the cache. Exit code 1 when a gate
+    fails, 3 when the installed ONNX Runtime cannot run the graph, a saved run did not measure what a gate asks for, or
+    no gate applies.
     """
     asked = taken_gates(options)
     if saved is not None:
