@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pifa_deploy.checkpoint import read_json_object
-from pifa_deploy.digest import file_sha256, sha256_if_there
+from pifa_deploy.digest import sha256_if_there
 from pifa_deploy.engine_schema import FILE, LAYER, POINTS, SCHEMA, check_engine_json
 from pifa_deploy.errors import InputMissingError, InputRefusedError, MisfitError
 from pifa_deploy.onnx_folder import MODEL_FILE, OnnxFolder, external_files
